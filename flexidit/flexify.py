@@ -1,0 +1,133 @@
+"""From a pre-trained transformer to a flexible one: recipe "shared" (paper, section 3.1) or "lora" (section 3.2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from flexidit.config import FlexConfig, Positions, Recipe
+from flexidit.layers import SizeNorm
+from flexidit.models.dit import DiT
+from flexidit.patch_size import PatchSize, PatchSizeLike
+
+
+def flexify(
+    target: DiT,
+    patch_sizes: Sequence[PatchSizeLike],
+    recipe: Recipe = "shared",
+    *,
+    underlying_patch_size: PatchSizeLike | None = None,
+    size_norms: bool = True,
+    positions: Positions = "coords",
+    rank: int = 32,
+    alpha: float | None = None,
+    keep_target: bool = True,
+) -> DiT:
+    """A flexible student of the target's own class, which at the base patch size computes what the target computes.
+
+    Args:
+        target: a model with one patch size.
+        patch_sizes: the weak sizes to add, each larger than the base size.
+        recipe: "shared": one (de)embedding serves all sizes and everything trains; the base size agrees to float
+            tolerance before training. "lora": the base is frozen and each weak size gets an adapter, a (de)embedding
+            and a patch-size vector of its own; the base size agrees bit for bit, always.
+        underlying_patch_size: p' of section 3.1; None takes the largest size along each axis.
+        size_norms: give weak sizes their own scale and shift in every layer norm (shared recipe).
+        positions: where a weak patch sits: at the coordinates of its centre, or at its index.
+        rank: rank of the adapters (lora recipe).
+        alpha: the adapters' update is scaled by alpha / rank; None takes ``rank``, a factor of one.
+        keep_target: False turns the target itself into the student and saves a copy of its weights.
+
+    Raises:
+        ValueError: a target that is flexible already, a size that is not weaker than the base, an unknown recipe.
+    """
+    weak = _check_sizes(target, patch_sizes)
+    student = copy.deepcopy(target) if keep_target else target
+    student.requires_grad_(True)
+    student.pos_embed.requires_grad_(False)
+    if recipe == "shared":
+        underlying = _underlying_size(student, weak, underlying_patch_size)
+        flex = FlexConfig("shared", weak, underlying, size_norms=size_norms, positions=positions)
+        _share_weights(student, flex)
+    elif recipe == "lora":
+        flex = FlexConfig("lora", weak, size_norms=False, positions=positions, rank=rank, alpha=float(alpha or rank))
+        _attach_adapters(student, flex)
+    else:
+        raise ValueError(f"unknown recipe {recipe!r}: give 'shared' or 'lora'")
+    student.config = replace(student.config, flex=flex)
+    student.reset_derived()
+    return student
+
+
+def added_parameters(student: DiT) -> tuple[int, float]:
+    """How many parameters the student has beyond its target, and their share of the target's (READING.md, gap 5)."""
+    total = sum(p.numel() for p in student.parameters())
+    with torch.device("meta"):
+        target = sum(p.numel() for p in DiT(replace(student.config, flex=None)).parameters())
+    return total - target, (total - target) / target
+
+
+def trainable_parameters(student: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and tensor of each parameter that trains."""
+    return ((name, p) for name, p in student.named_parameters() if p.requires_grad)
+
+
+def _check_sizes(target: DiT, patch_sizes: Sequence[PatchSizeLike]) -> tuple[PatchSize, ...]:
+    if target.config.flex is not None:
+        raise ValueError("this model is flexible already; flexify its target with all the weak sizes at once")
+    weak = tuple(sorted({PatchSize.parse(size) for size in patch_sizes}))
+    base = target.base_patch_size
+    for size in weak:
+        grows = all(side >= base_side for side, base_side in zip(size.as_tuple(), base.as_tuple(), strict=True))
+        if not grows or size == base:
+            raise ValueError(f"patch size {size.name} is not larger than the pre-trained {base.name}; give larger ones")
+        if size.t > 1:
+            raise ValueError(f"patch size {size.name} spans {size.t} frames, but this model takes images; use 1x..x..")
+    if not weak:
+        raise ValueError("no weak patch size was given; give at least one, such as patch_sizes=[4]")
+    return weak
+
+
+def _underlying_size(student: DiT, weak: Sequence[PatchSize], given: PatchSizeLike | None) -> PatchSize:
+    if given is None:
+        return PatchSize(*(max(sides) for sides in zip(*(size.as_tuple() for size in weak), strict=True)))
+    underlying, base = PatchSize.parse(given), student.base_patch_size
+    if any(side < base_side for side, base_side in zip(underlying.as_tuple(), base.as_tuple(), strict=True)):
+        raise ValueError(
+            f"underlying patch size {underlying.name} is smaller than the pre-trained {base.name} and would lose it"
+        )
+    return underlying
+
+
+def _share_weights(student: DiT, flex: FlexConfig) -> None:
+    sizes = (student.base_patch_size, *flex.weak_patch_sizes)
+    assert flex.underlying_patch_size is not None
+    student.x_embedder.share(flex.underlying_patch_size, sizes)
+    student.final_layer.linear.share(flex.underlying_patch_size, sizes)
+    for size in sizes:  # zero at first, so that every size starts from the target's own activations
+        _add_size_vector(student, size)
+    if flex.size_norms:
+        norms = [module for module in student.modules() if isinstance(module, SizeNorm)]
+        for norm in norms:
+            for size in flex.weak_patch_sizes:
+                norm.add_size(size, like=student.pos_embed)
+
+
+def _attach_adapters(student: DiT, flex: FlexConfig) -> None:
+    from flexidit.lora import add_adapters
+
+    student.requires_grad_(False)
+    assert flex.rank is not None and flex.alpha is not None
+    add_adapters(student.blocks, flex.weak_patch_sizes, rank=flex.rank, alpha=flex.alpha)
+    for size in flex.weak_patch_sizes:
+        student.x_embedder.add_size(size)
+        student.final_layer.linear.add_size(size)
+        _add_size_vector(student, size)
+
+
+def _add_size_vector(student: DiT, size: PatchSize) -> None:
+    student.size_embedder[size.name] = nn.Parameter(student.pos_embed.new_zeros(student.config.hidden_size))

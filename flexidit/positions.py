@@ -1,0 +1,56 @@
+"""Where a patch sits: positional encodings evaluated at patch centres.
+
+The unit is the pre-trained grid: a patch of the base size sits at its integer index, a patch of twice that size at
+``2 * i + 0.5`` (paper, section 3.1 and appendix C.2; READING.md, gap 7). ``"grid"`` places patch ``i`` at index ``i``
+instead, which is what stock code does that knows nothing of other patch sizes.
+
+Shape legend: T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexidit.config import Positions
+from flexidit.patch_size import PatchSize
+
+
+def patch_centres(
+    size: Sequence[int],
+    patch_size: PatchSize,
+    base_patch_size: PatchSize,
+    *,
+    positions: Positions = "coords",
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coordinates of the patches along time, height and width, in units of the base patch: three float64 vectors.
+
+    Example:
+        >>> _, rows, _ = patch_centres((8, 8), PatchSize(1, 4, 4), PatchSize(1, 2, 2))
+        >>> rows.tolist()
+        [0.5, 2.5]
+    """
+    axes = []
+    for count, side, base in zip(
+        patch_size.grid(size), patch_size.as_tuple(), base_patch_size.as_tuple(), strict=True
+    ):
+        index = torch.arange(count, dtype=torch.float64, device=device)
+        axes.append(index if positions == "grid" else (index * side + (side - base) / 2) / base)
+    return axes[0], axes[1], axes[2]
+
+
+def sincos_1d(coords: Tensor, dim: int) -> Tensor:
+    """Sines, then cosines, of the coordinates at ``dim / 2`` frequencies from 1 to 1 / 10000: (M,) -> (M, dim)."""
+    exponent = torch.arange(dim // 2, dtype=coords.dtype, device=coords.device) / (dim / 2)
+    angles = torch.outer(coords, 10000.0**-exponent)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_2d(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
+    """DiT's table, row-major: first half of the features for the column, second for the row: (h,), (w,) -> (h * w, D)."""
+    across = sincos_1d(columns, dim // 2).expand(len(rows), -1, -1)  # (h, w, D / 2)
+    down = sincos_1d(rows, dim // 2).unsqueeze(1).expand(-1, len(columns), -1)  # (h, w, D / 2)
+    return torch.cat([across, down], dim=2).flatten(0, 1)
