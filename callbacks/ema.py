@@ -95,7 +95,11 @@ class EMA(Callback):
             self._swap_out(module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Full float32 averages and two counters. Every rank must call it: sharded averages are gathered."""
+        """Full float32 averages and two counters.
+
+        Every rank must call it, as Lightning does: sharded averages are gathered, and rank 0, which writes the file,
+        is the only one to keep them.
+        """
         if self._average is None:
             return {} if self._restored is None else self._state(self._restored)
         return self._state({name: _full(value) for name, value in self._average.items()})
@@ -241,7 +245,10 @@ def _float32_copy(parameter: Tensor) -> Tensor:
 
 
 def _full(value: Tensor) -> Tensor:
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
 
 
 def _placed_like(full: Tensor, parameter: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How fast training runs: images per second, TFLOP/s and the share of the device's peak, without per-step syncs."""
 
-import time
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -123,12 +123,12 @@ class Throughput(Callback):
 
     def _start(self, pl_module: LightningModule) -> None:
         _synchronize(pl_module.device)
-        self._started = time.perf_counter()
+        self._started = perf_counter()
 
     def _stop(self, pl_module: LightningModule) -> None:
         if self._started is not None:
             _synchronize(pl_module.device)
-            self._elapsed += time.perf_counter() - self._started
+            self._elapsed += perf_counter() - self._started
             self._started = None
 
 

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from flexidit import flops
     from flexidit.checkpoint import load_checkpoint, save_checkpoint
-    from flexidit.flexify import flexify
+    from flexidit.recipes import flexify
     from flexidit.patch_size import PatchSize
     from flexidit.sampling.sampler import Sampler
     from flexidit.sampling.schedule import PatchSchedule
@@ -24,7 +24,7 @@ _HOMES = {
     "PatchSize": "flexidit.patch_size",
     "Sampler": "flexidit.sampling.sampler",
     "create_model": "flexidit.variants",
-    "flexify": "flexidit.flexify",
+    "flexify": "flexidit.recipes",
     "load_checkpoint": "flexidit.checkpoint",
     "save_checkpoint": "flexidit.checkpoint",
 }

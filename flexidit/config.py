@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from flexidit.patch_size import PatchSize
 
@@ -59,3 +60,50 @@ class DiTConfig:
                 f"hidden_size {self.hidden_size} does not work with {self.num_heads} heads: "
                 "it must be a multiple of num_heads and of 4"
             )
+
+
+def config_to_dict(config: DiTConfig) -> dict[str, Any]:
+    """Plain values only, for json and for checkpoints that are read without unpickling code."""
+    return {"family": "DiT", **_plain(asdict(config))}
+
+
+def config_from_dict(values: Mapping[str, Any]) -> DiTConfig:
+    """Inverse of :func:`config_to_dict`.
+
+    Raises:
+        ValueError: an unknown family or field, as of a checkpoint that a newer version wrote.
+    """
+    values = dict(values)
+    family = values.pop("family", None)
+    if family != "DiT":
+        raise ValueError(f"the model family {family!r} is not known here; known is 'DiT'")
+    _check_fields(DiTConfig, values)
+    flex = values.pop("flex", None)
+    values["patch_size"] = PatchSize.parse(values["patch_size"])
+    values["input_size"] = tuple(values["input_size"])
+    return DiTConfig(**values, flex=None if flex is None else _flex_from_dict(flex))
+
+
+def _flex_from_dict(values: Mapping[str, Any]) -> FlexConfig:
+    values = dict(values)
+    _check_fields(FlexConfig, values)
+    underlying = values["underlying_patch_size"]
+    values["underlying_patch_size"] = None if underlying is None else PatchSize.parse(underlying)
+    values["weak_patch_sizes"] = tuple(PatchSize.parse(size) for size in values["weak_patch_sizes"])
+    return FlexConfig(**values)
+
+
+def _check_fields(kind: type[DiTConfig] | type[FlexConfig], values: Mapping[str, Any]) -> None:
+    unknown = sorted(set(values) - {field.name for field in fields(kind)})
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; was this written by a newer version?")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"t", "h", "w"}:
+            return PatchSize(**value).name
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

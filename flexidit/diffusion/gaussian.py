@@ -73,14 +73,17 @@ class GaussianDiffusion:
             ValueError: fewer than two steps, betas outside (0, 1), or a map of another length.
         """
         diffusion = cls.__new__(cls)
-        diffusion._build(betas.detach().to("cpu", torch.float64), range(len(betas)) if timestep_map is None else timestep_map)
+        timestep_map = range(len(betas)) if timestep_map is None else timestep_map
+        diffusion._build(betas.detach().to("cpu", torch.float64), timestep_map)
         return diffusion
 
     def _build(self, betas: Tensor, timestep_map: Sequence[int]) -> None:
         if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"a diffusion needs two or more betas, each between 0 and 1, got {betas.tolist()[:5]}...")
         if len(timestep_map) != len(betas):
-            raise ValueError(f"a map of {len(timestep_map)} timesteps does not fit {len(betas)} betas; give one per beta")
+            raise ValueError(
+                f"a map of {len(timestep_map)} timesteps does not fit {len(betas)} betas; give one per beta"
+            )
         # An inference tensor kept here would refuse every later backward.
         with torch.inference_mode(False), torch.no_grad():
             self.betas = betas.clone()
@@ -112,7 +115,9 @@ class GaussianDiffusion:
             ValueError: ``num_steps`` is below two or above the number of steps there are.
         """
         if not 2 <= num_steps <= self.num_timesteps:
-            raise ValueError(f"cannot respace {self.num_timesteps} steps to {num_steps}; give 2 to {self.num_timesteps}")
+            raise ValueError(
+                f"cannot respace {self.num_timesteps} steps to {num_steps}; give 2 to {self.num_timesteps}"
+            )
         kept = even_timesteps(self.num_timesteps, num_steps)
         alphas_cumprod = self.alphas_cumprod[kept]
         previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])

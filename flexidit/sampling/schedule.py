@@ -19,7 +19,7 @@ from flexidit.patch_size import PatchSize, PatchSizeLike
 Stages: TypeAlias = "Sequence[tuple[PatchSizeLike, int]]"
 Order: TypeAlias = Literal["weak_first", "weak_last"]
 
-_FORM = "'4:180,2:70' (patch size:steps), with the guiding branch after a slash where it differs: '4:160,2:90/4:200,2:50'"
+_FORM = "'4:180,2:70' (patch size:steps); a guiding branch that differs follows a slash: '4:160,2:90/4:200,2:50'"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""``flexidit flops``: what a model's forward pass and a sampling schedule cost, without building the model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+from flexidit.config import DiTConfig, FlexConfig
+from flexidit.flops import forward_flops, schedule_cost, schedule_for_budget
+from flexidit.patch_size import PatchSize
+from flexidit.sampling.schedule import PatchSchedule
+from flexidit.variants import variant_config
+
+HELP = "what a model, a patch size or a schedule costs, in FLOPs (2 per multiply-accumulate, denoising network only)"
+EXAMPLE = "flexidit flops --model DiT-XL/2 --weak 4 --steps 250 --powerful-steps 70"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--model", default="DiT-XL/2", metavar="NAME", help="variant (default: %(default)s)")
+    parser.add_argument("--weak", default="4", metavar="SIZE", help="weak patch size: 4, 1x4x4 (default: %(default)s)")
+    parser.add_argument("--input-size", metavar="SIZE", help="latent size: 32 or 32x64 (default: the variant's own)")
+    parser.add_argument("--steps", type=int, metavar="N", help="number of denoising steps (default: 250)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--powerful-steps", type=int, metavar="N", help="last steps that are powerful (default: all)")
+    which.add_argument("--budget", type=float, metavar="X", help="find the schedule of this relative cost, such as 0.6")
+    which.add_argument("--schedule", metavar="STAGES", help="stages in sampling order: 4:180,2:70")
+    parser.add_argument(
+        "--guide-powerful-steps",
+        type=int,
+        metavar="N",
+        help="last steps whose guiding prediction is powerful (default: as --powerful-steps)",
+    )
+    parser.add_argument("--unguided", action="store_true", help="no guiding predictions (guidance scale 1)")
+    parser.add_argument("--recipe", choices=("shared", "lora"), default="shared", help="default: %(default)s")
+    parser.add_argument("--rank", type=int, default=32, metavar="R", help="rank of the adapters (default: %(default)s)")
+    parser.add_argument("--unmerged", action="store_true", help="adapters run beside the weights (recipe lora)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Price what was asked for and print it."""
+    report = _report(args)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_tables(report)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is printed; numbers are rounded to what is significant."""
+    config = _config(args)
+    weak, merged = PatchSize.parse(args.weak), not args.unmerged
+    schedule = _schedule(args, config)
+    cost = schedule_cost(config, schedule, guided=not args.unguided, merged=merged)
+    powerful_flops = forward_flops(config, config.patch_size, merged=merged)
+    weak_flops = forward_flops(config, weak, merged=merged)
+    rows = [_forward_row(config, size, merged) for size in sorted({config.patch_size, weak, *schedule.sizes})]
+    return {
+        "model": args.model,
+        "input_size": list(config.input_size),
+        "powerful_gflops": round(powerful_flops / 1e9, 2),
+        "weak_gflops": round(weak_flops / 1e9, 2),
+        "weak_relative": round(weak_flops / powerful_flops, 4),
+        "forward": rows,
+        "schedule": str(schedule),
+        "steps": len(schedule),
+        "guided": not args.unguided,
+        "total_tflops": round(cost.total / 1e12, 3),
+        "powerful_total_tflops": round(cost.powerful_total / 1e12, 3),
+        "relative": round(cost.relative, 3),
+    }
+
+
+def _forward_row(config: DiTConfig, size: PatchSize, merged: bool) -> dict[str, Any]:
+    flops = forward_flops(config, size, merged=merged)
+    base = forward_flops(config, config.patch_size, merged=merged)
+    return {
+        "patch_size": size.name,
+        "tokens": size.num_tokens(config.input_size),
+        "gflops": round(flops / 1e9, 2),
+        "gmacs": round(flops / 2e9, 2),
+        "relative": round(flops / base, 4),
+    }
+
+
+def _config(args: argparse.Namespace) -> DiTConfig:
+    overrides = {} if args.input_size is None else {"input_size": _latent_size(args.input_size)}
+    config = variant_config(args.model, **overrides)
+    if args.recipe == "shared":
+        if args.unmerged:
+            raise ValueError("--unmerged prices adapters, which the shared recipe has none of; add --recipe lora")
+        return config
+    if args.rank < 1:
+        raise ValueError(f"--rank {args.rank} must be at least 1")
+    return replace(config, flex=FlexConfig("lora", (PatchSize.parse(args.weak),), rank=args.rank))
+
+
+def _latent_size(text: str) -> tuple[int, int]:
+    try:
+        sides = [int(side) for side in text.split("x")]
+        height, width = sides * 2 if len(sides) == 1 else sides
+    except ValueError:
+        raise ValueError(f"--input-size {text!r} is not a latent size; give 32 or 32x64") from None
+    return height, width
+
+
+def _schedule(args: argparse.Namespace, config: DiTConfig) -> PatchSchedule:
+    if args.guide_powerful_steps is not None and args.powerful_steps is None:
+        raise ValueError("--guide-powerful-steps needs --powerful-steps")
+    num_steps = 250 if args.steps is None else args.steps
+    if args.schedule is not None:
+        schedule = PatchSchedule.parse(args.schedule)
+        if args.steps not in (None, len(schedule)):
+            raise ValueError(f"--schedule has {len(schedule)} steps and --steps says {args.steps}; leave --steps out")
+        return schedule
+    if args.budget is not None:
+        return schedule_for_budget(config, args.budget, num_steps, weak=args.weak, merged=not args.unmerged)
+    return PatchSchedule.weak_first(
+        num_steps=num_steps,
+        powerful_steps=num_steps if args.powerful_steps is None else args.powerful_steps,
+        guide_powerful_steps=args.guide_powerful_steps,
+        weak=args.weak,
+        powerful=config.patch_size,
+    )
+
+
+def _print_tables(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    height, width = report["input_size"]
+    forward = Table(title=f"{report['model']}, latent {height}x{width}: one forward pass", title_justify="left")
+    for heading in ("patch size", "tokens", "GFLOPs", "GMACs", "relative"):
+        forward.add_column(heading, justify="right")
+    for row in report["forward"]:
+        forward.add_row(
+            row["patch_size"],
+            str(row["tokens"]),
+            f"{row['gflops']:.2f}",
+            f"{row['gmacs']:.2f}",
+            f"{100 * row['relative']:.2f} %",
+        )
+    console = Console()
+    console.print(forward)
+    guidance = "with guidance" if report["guided"] else "without guidance"
+    console.print(f"schedule {report['schedule']} ({report['steps']} steps, {guidance})", highlight=False)
+    console.print(
+        f"{report['total_tflops']:.3f} TFLOPs per sample, {100 * report['relative']:.1f} % of the "
+        f"{report['powerful_total_tflops']:.3f} of powerful steps only",
+        highlight=False,
+    )

@@ -1,0 +1,44 @@
+"""Random draws of the data side, as pure functions of (seed, epoch, sample).
+
+A counter-based generator (Philox) is keyed instead of advanced: what a sample receives in an epoch does not depend
+on the order of reading, on the worker that read it, on the rank, or on where a run was interrupted.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_FLIP, _NOISE = 0, 1  # independent streams of one sample
+
+
+class Draw(NamedTuple):
+    """One sample of one epoch: what a sampler yields and a data set is indexed with.
+
+    The epoch travels with the index because a worker process holds its own copy of the data set, and would not
+    learn about a new epoch otherwise.
+    """
+
+    index: int
+    epoch: int = 0
+
+    @classmethod
+    def of(cls, key: "int | Draw") -> "Draw":
+        """A plain index means epoch 0."""
+        return key if isinstance(key, Draw) else cls(int(key))
+
+
+def _generator(seed: int, draw: Draw, stream: int) -> np.random.Generator:
+    # the low words of the counter advance with use; stream and index sit above them, so streams never meet
+    return np.random.Generator(np.random.Philox(key=[seed, draw.epoch], counter=[0, 0, stream, draw.index]))
+
+
+def draw_flip(seed: int, draw: Draw) -> bool:
+    """Whether this sample is mirrored in this epoch: a fair coin."""
+    return bool(_generator(seed, draw, _FLIP).random() < 0.5)
+
+
+def draw_noise(seed: int, draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise for this sample in this epoch, float32, of the given shape."""
+    return torch.from_numpy(_generator(seed, draw, _NOISE).standard_normal(shape, dtype=np.float32))

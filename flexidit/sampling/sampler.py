@@ -1,0 +1,334 @@
+"""One sampling loop, for any model, schedule of patch sizes, guidance and diffusers solver.
+
+Shape legend: N samples, n samples in one batch, C latent channels, H W latent height and width (F H W for clips).
+Time runs from t = num_train_timesteps - 1 (noise) to t = 0 (data).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flexidit.patch_size import PatchSize
+from flexidit.sampling import solvers
+from flexidit.sampling.guidance import Branch, combine, coupled_weak_scale, predict_pair, scale_of
+from flexidit.sampling.schedule import PatchSchedule, ScheduleStep
+
+
+class Denoiser(Protocol):
+    """What the sampler needs of a model; ``flexidit.models`` satisfies it, and so does any callable with these."""
+
+    @property
+    def patch_sizes(self) -> Sequence[PatchSize]:
+        """Every size it accepts, base first."""
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Whether it returns 2C channels, the last C being the variance."""
+
+    @property
+    def input_size(self) -> Sequence[int]:
+        """Latent size (H, W) or (F, H, W)."""
+
+    def null_condition(self, y: Tensor) -> Tensor:
+        """Condition of the unconditional prediction, of y's shape."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, *, patch_size: PatchSize) -> Tensor:
+        """(n, C, H, W), (n,), (n, ...) -> (n, C or 2C, H, W)."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward pass that ran."""
+
+    step: int
+    """Index into the schedule."""
+    timestep: float
+    """Train timestep that the model was told."""
+    patch_size: PatchSize
+    branch: Branch
+    """"cond", "weak" (the weaker size, guiding) or "cond+uncond" (both in one batch)."""
+    num_sequences: int
+    """Sequences in the batch: both branches, and padding, counted."""
+
+
+OnStep = Callable[[int, Tensor], None]
+
+
+class Sampler:
+    """Draws samples from a model; call it with conditions.
+
+    A sample depends on its condition and its place in the draw from the generator alone: neither on ``batch_size``
+    nor on what else is sampled beside it (up to the model's own rounding). Eight samples at once are two calls of
+    four with the same generator continuing.
+
+    Example:
+        >>> from flexidit import create_model
+        >>> model = create_model("DiT-Tiny/2", num_classes=10, input_size=8)
+        >>> sampler = Sampler(model, schedule=PatchSchedule.constant(2, num_steps=3), cfg_scale=4.0)
+        >>> sampler(torch.tensor([1, 2]), generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 4, 8, 8])
+        >>> [(call.timestep, call.branch, call.num_sequences) for call in sampler.trace]
+        [(999, 'cond+uncond', 4), (500, 'cond+uncond', 4), (0, 'cond+uncond', 4)]
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        solver: str | solvers.Solver = "ddpm",
+        *,
+        schedule: PatchSchedule,
+        cfg_scale: float = 1.0,
+        weak_guidance_scale: float | None = None,
+        guidance_channels: int | None = None,
+        num_train_timesteps: int = 1000,
+        autocast: torch.dtype | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Set up sampling; nothing runs yet.
+
+        Args:
+            model: predicts the noise, and the variance if ``model.learn_sigma``.
+            solver: "ddpm", "ddim", "dpm++", "sa" or a diffusers scheduler; see :func:`solvers.make_solver`.
+            schedule: patch size of each step; its length is the number of steps.
+            cfg_scale: classifier-free guidance at steps whose two patch sizes are equal; 1.0: none, and no
+                guiding call is made.
+            weak_guidance_scale: guidance by the weaker size at the other steps; ``None``: coupled to ``cfg_scale``
+                by the paper's rule; 1.0: none.
+            guidance_channels: guide only the first so many latent channels; ``None``: all, 3: official DiT.
+            num_train_timesteps: length of the noise schedule that the model was trained on.
+            autocast: run the model under autocast to this dtype; ``None``: in the dtype of its parameters.
+            progress: show a progress bar with the time left.
+
+        Raises:
+            ValueError: a patch size that the model does not have, channels that do not exist, an impossible solver.
+        """
+        self.model = model
+        self.solver = solver
+        self.schedule = schedule
+        self.cfg_scale = cfg_scale
+        self.weak_guidance_scale = coupled_weak_scale(cfg_scale) if weak_guidance_scale is None else weak_guidance_scale
+        self.guidance_channels = guidance_channels
+        self.num_train_timesteps = num_train_timesteps
+        self.autocast = autocast
+        self.progress = progress
+        self.trace: list[Call] = []
+        """What the latest call ran, batch after batch; ``flops.trace_cost`` prices it."""
+        self._check()
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any step makes a guiding call."""
+        return any(self._scale(step) != 1 for step in self.schedule)
+
+    @torch.no_grad()  # not inference_mode: its tensors could not enter a loss later, and it recompiles the model
+    def __call__(
+        self,
+        y: Tensor | Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        size: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """One sample per condition: (N, ...) -> (N, C, H, W) float32 on the model's device.
+
+        Args:
+            y: conditions, N first; class labels may be a list.
+            generator: yields one seed per sample; ``None``: the global one. Noise is drawn on the model's device,
+                so that no step waits for the CPU: another kind of device gives other noise from the same seed.
+            noise: (N, C, H, W) initial noise, left unchanged; ``None``: drawn. The noise of later steps still comes
+                from ``generator``, and is the same with or without this argument.
+            size: latent size; ``None``: that of ``noise``, else of the model.
+            batch_size: samples in one forward pass (twice as many sequences with guidance). The last batch is filled
+                up to it with copies, which are dropped at the end but do run and are in the trace: a compiled
+                model then sees one shape only. ``None``: all N at once.
+            device: where to sample; ``None``: where the model's parameters are.
+            on_step: called as ``on_step(step, x)`` after each step of each batch, with the (n, C, H, W) state.
+
+        Raises:
+            ValueError: noise or sizes that do not fit together, or a batch size below one.
+        """
+        home = _device_of(self.model) if device is None else torch.device(device)
+        y = torch.as_tensor(y).to(home)
+        shape = (len(y), self.model.in_channels, *self._latent_size(size, noise, len(y)))
+        seeds = _draw_seeds(len(y), generator)
+        self.trace = []
+        with _eval_mode(self.model), _progress_bar(self.progress) as advance:
+            batches = [
+                self._run_batch(batch, on_step, advance) for batch in _batches(y, seeds, noise, shape, batch_size, home)
+            ]
+        return torch.cat(batches) if batches else torch.empty(shape, device=home)
+
+    def _run_batch(self, batch: _Batch, on_step: OnStep | None, advance: Callable[[int], None]) -> Tensor:
+        """The sampling loop: (n, C, H, W) noise to data, without the padding."""
+        solver = self._make_solver()
+        random = {"generator": batch.generators} if solvers.takes_generator(solver) else {}
+        null_y = self.model.null_condition(batch.y) if self.is_guided else batch.y
+        x = solvers.initial_sample(solver, batch.noise)  # (n, C, H, W) float32
+        for index, (step, timestep) in enumerate(zip(self.schedule, solver.timesteps, strict=True)):
+            _mark_cudagraph_step()
+            shown = solvers.model_input(solver, x, timestep)  # (n, C, H, W)
+            prediction = self._predict(index, step, shown, timestep, batch.y, null_y)  # (n, C or 2C, H, W)
+            if not solvers.uses_variance(solver):
+                prediction = prediction[:, : self.model.in_channels]
+            x = solver.step(prediction, timestep, x, return_dict=False, **random)[0]
+            if on_step is not None:
+                on_step(index, x[: batch.num_real])
+            advance(len(self.schedule) * batch.num_batches)
+        return x[: batch.num_real]
+
+    def _predict(
+        self, index: int, step: ScheduleStep, x: Tensor, timestep: Tensor, y: Tensor, null_y: Tensor
+    ) -> Tensor:
+        """Guided prediction of one step, (n, C or 2C, H, W) float32; records its calls."""
+        value = timestep.item()  # on the CPU, so no device waits
+        t = torch.full((len(x),), value, device=x.device)  # (n,)
+
+        def forward(x: Tensor, t: Tensor, y: Tensor, *, patch_size: PatchSize, branch: Branch) -> Tensor:
+            self.trace.append(Call(index, value, patch_size, branch, len(x)))
+            return self._forward(x, t, y, patch_size)
+
+        scale = self._scale(step)
+        if scale == 1:
+            return forward(x, t, y, patch_size=step.cond, branch="cond")
+        cond, guiding = predict_pair(forward, x, t, y, null_y, step)
+        channels = self.guidance_channels
+        return combine(cond, guiding, scale, in_channels=self.model.in_channels, guidance_channels=channels)
+
+    def _forward(self, x: Tensor, t: Tensor, y: Tensor, patch_size: PatchSize) -> Tensor:
+        """The model in its own dtype, its answer in float32, where guidance and solver work."""
+        cast: AbstractContextManager[object] = nullcontext()
+        if self.autocast is not None:
+            cast = torch.autocast(x.device.type, dtype=self.autocast)
+        with cast:
+            output = self.model(x.to(_dtype_of(self.model)), t, y, patch_size=patch_size)
+        return output.to(torch.float32, copy=True)  # a CUDA graph overwrites its output at the next call
+
+    def _scale(self, step: ScheduleStep) -> float:
+        return scale_of(step, self.cfg_scale, self.weak_guidance_scale)
+
+    def _make_solver(self) -> solvers.Solver:
+        return solvers.make_solver(
+            self.solver,
+            len(self.schedule),
+            num_train_timesteps=self.num_train_timesteps,
+            learn_sigma=self.model.learn_sigma,
+        )
+
+    def _latent_size(self, size: Sequence[int] | None, noise: Tensor | None, num_samples: int) -> tuple[int, ...]:
+        if noise is None:
+            return tuple(self.model.input_size if size is None else size)
+        given = tuple(noise.shape[2:]) if size is None else tuple(size)
+        needed = (num_samples, self.model.in_channels, *given)
+        if tuple(noise.shape) != needed:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}; for these conditions it must have shape {needed}")
+        return given
+
+    def _check(self) -> None:
+        known = [PatchSize.parse(size) for size in self.model.patch_sizes]
+        used = [step.cond for step in self.schedule] + [s.guide for s in self.schedule if self._scale(s) != 1]
+        missing = sorted(set(used) - set(known))
+        if missing:
+            raise ValueError(
+                f"the schedule uses patch size {', '.join(map(str, missing))}, but the model has "
+                f"{', '.join(map(str, known))}; change the schedule or flexify the model"
+            )
+        channels = self.guidance_channels
+        if channels is not None and not 1 <= channels <= self.model.in_channels:
+            raise ValueError(f"guidance_channels={channels} must lie between 1 and {self.model.in_channels}")
+        self._make_solver()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """n samples that run together, padding included."""
+
+    y: Tensor  # (n, ...)
+    noise: Tensor  # (n, C, H, W)
+    generators: list[torch.Generator]
+    num_real: int
+    num_batches: int
+
+
+def _batches(
+    y: Tensor,
+    seeds: Sequence[int],
+    noise: Tensor | None,
+    shape: Sequence[int],
+    batch_size: int | None,
+    device: torch.device,
+) -> Iterator[_Batch]:
+    width = len(y) if batch_size is None else batch_size
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1, or None for all samples at once")
+    starts = range(0, len(y), max(width, 1))
+    for start in starts:
+        real = len(y[start : start + width])
+        rows = torch.arange(start, start + width, device=device).clamp(max=len(y) - 1)  # repeats the last sample
+        own = [*seeds[start : start + width], *[0] * (width - real)]
+        generators = [torch.Generator(device).manual_seed(seed) for seed in own]
+        drawn = torch.cat([torch.randn(1, *shape[1:], generator=g, device=device) for g in generators])
+        if noise is not None:  # drawn all the same, so that the noise of later steps does not depend on it
+            drawn = noise.to(device, torch.float32)[rows]
+        yield _Batch(y[rows], drawn, generators, real, len(starts))
+
+
+def _draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
+
+
+def _device_of(model: Denoiser) -> torch.device:
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _dtype_of(model: Denoiser) -> torch.dtype:
+    """That of its floating-point parameters; float32 for a plain callable."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
+
+@contextmanager
+def _eval_mode(model: Denoiser) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each submodule is in the mode it was in (frozen parts may be in eval)."""
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _progress_bar(show: bool) -> Iterator[Callable[[int], None]]:
+    """A function to call once per step with the total number of steps."""
+    if not show:
+        yield lambda total: None
+        return
+    from rich.progress import Progress
+
+    with Progress() as bar:
+        task = bar.add_task("sampling", total=None)
+        yield lambda total: bar.update(task, total=total, advance=1)
+
+
+def _mark_cudagraph_step() -> None:
+    """Tell CUDA graphs, if any can exist, that the outputs of the previous step may be overwritten."""
+    if "torch._inductor.cudagraph_trees" in sys.modules:  # otherwise the call would import a compiler for nothing
+        torch.compiler.cudagraph_mark_step_begin()

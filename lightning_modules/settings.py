@@ -1,0 +1,142 @@
+"""The groups of options that the training modules share; each field shows in ``--help`` and in configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from flexidit.config import Positions, Recipe
+from flexidit.diffusion.mmd import ChainPlan, Estimator
+
+
+@dataclass
+class TargetSettings:
+    """The plain model that training starts from."""
+
+    variant: str | None = None
+    """Name such as "DiT-XL/2"; not needed when ``checkpoint`` is given."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the variant's config to replace: input_size, num_classes, depth, ..."""
+    checkpoint: str | None = None
+    """Pre-trained weights: official .pt, diffusers directory or hub id, flexidit .safetensors, or a training .ckpt."""
+
+    def build(self) -> nn.Module:
+        """The model, with the checkpoint's weights if one is named.
+
+        Raises:
+            ValueError: neither a variant nor a checkpoint, or a checkpoint of another model than the variant.
+        """
+        from flexidit.checkpoint import load_checkpoint
+        from flexidit.variants import create_model, variant_config
+
+        if self.variant is None and self.checkpoint is None:
+            raise ValueError("no model was given: set target.variant, target.checkpoint, or both")
+        if self.checkpoint is None:
+            assert self.variant is not None
+            return create_model(self.variant, **self.overrides)
+        model = load_checkpoint(self.checkpoint)
+        if self.variant is not None:
+            expected = variant_config(self.variant, **self.overrides)
+            for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_classes"):
+                given, wanted = getattr(model.config, name), getattr(expected, name)
+                if given != wanted:
+                    raise ValueError(
+                        f"{self.checkpoint} has {name}={given}, but target.variant and target.overrides say {wanted}"
+                    )
+        return model.train()
+
+
+@dataclass
+class FlexSettings:
+    """How the target becomes flexible; see ``flexidit.flexify``."""
+
+    patch_sizes: list[int | str] = field(default_factory=lambda: [4])
+    """Weak patch sizes to add, such as [4] or ["1x4x4", "1x8x8"]."""
+    recipe: Recipe = "shared"
+    """"shared": everything trains (section 3.1); "lora": frozen base, an adapter per size (section 3.2)."""
+    underlying_patch_size: int | str | None = None
+    """Size p' of the shared (de)embedding weights; null takes the largest patch size."""
+    size_norms: bool = True
+    """Weak sizes scale and shift the layer norms (shared recipe)."""
+    positions: Positions = "coords"
+    """Where a weak patch sits: at the coordinates of its centre ("coords") or at its index ("grid")."""
+    rank: int = 32
+    """Rank of the adapters (lora recipe)."""
+    alpha: float | None = None
+    """The adapters' update is scaled by alpha / rank; null takes the rank."""
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW and its learning rate over the steps. Defaults: Table 4 of the paper."""
+
+    lr: float = 1e-4
+    """Highest learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the gradient's running moments."""
+    warmup_steps: int = 0
+    """Steps of linear increase from zero."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a cosine to zero at the last step."""
+
+    def build(self, parameters: Iterable[nn.Parameter], max_steps: int) -> tuple[Optimizer, LambdaLR]:
+        """Optimizer and a learning-rate schedule that steps once per optimizer step."""
+        parameters = list(parameters)
+        fused = all(p.is_cuda for p in parameters)
+        optimizer = AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, fused=fused)
+        return optimizer, LambdaLR(optimizer, self.factor(max_steps))
+
+    def factor(self, max_steps: int) -> Callable[[int], float]:
+        """Factor on ``lr`` at a step.
+
+        Raises:
+            ValueError: a cosine over an unknown number of steps.
+        """
+        if self.decay == "cosine" and max_steps <= 0:
+            raise ValueError("optimizer.decay is 'cosine', which needs trainer.max_steps or trainer.max_epochs")
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+            if self.decay == "constant":
+                return warm
+            progress = min(1.0, step / max_steps)
+            return warm * 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * progress))))
+
+        return factor
+
+
+@dataclass
+class MatchingSettings:
+    """The bootstrapped distribution-matching loss (paper, appendix B.1; ``flexidit.diffusion.mmd``)."""
+
+    weight: float = 0.0
+    """Factor of the loss; 0 turns it off. The paper gives none."""
+    start_step: int = 0
+    """First optimizer step with this loss."""
+    every_n_steps: int = 1
+    """Apply it at every n-th optimizer step only; each application costs a whole chain of forward passes."""
+    chain: dict[str, int] = field(default_factory=dict)
+    """Denoising steps per patch size, such as {"4": 2, "2": 2}, taken weakest first; empty: two of each size."""
+    num_timesteps: int = 250
+    """Steps of the sampler whose errors are to be corrected (250 in the paper)."""
+    backprop_steps: int | None = None
+    """How many of the last steps carry gradients; null: those of the most powerful size."""
+    location: float = -1.0
+    """Mean of logit(t1 / T): negative prefers times near the data, where the mismatch is larger."""
+    scale: float = 1.0
+    """Standard deviation of logit(t1 / T)."""
+    estimator: Estimator = "biased"
+    """Of the squared MMD."""
+
+    def plan(self, patch_sizes: Iterable[Any]) -> ChainPlan:
+        """The chain, over the model's own sizes if none is given."""
+        chain: Mapping[Any, int] = self.chain or dict.fromkeys(patch_sizes, 2)
+        return ChainPlan.from_steps(chain)
