@@ -3,9 +3,9 @@
     git clone https://github.com/facebookresearch/DiT
     python benchmarks/golden_dit_loss.py --dit DiT --out tests/flexidit/diffusion/golden_dit_loss.json
 
-Needs a few seconds on a CPU. Inputs come from closed formulas (``golden_inputs``), so that no version of a random number
-generator matters; the numbers, and nothing else, are kept. DiT casts its tables to float32 also for float64 inputs:
-agreement beyond 1e-6 cannot be expected.
+Needs a few seconds on a CPU. Inputs come from closed formulas (``golden_inputs``), so that no version of a random
+number generator matters; the numbers, and nothing else, are kept. DiT casts its tables to float32 also for float64
+inputs: agreement beyond 1e-6 cannot be expected.
 """
 
 from __future__ import annotations

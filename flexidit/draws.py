@@ -20,7 +20,7 @@ class Draw(NamedTuple):
     learn about a new epoch otherwise.
     """
 
-    index: int
+    sample: int
     epoch: int = 0
 
     @classmethod
@@ -31,7 +31,7 @@ class Draw(NamedTuple):
 
 def _generator(seed: int, draw: Draw, stream: int) -> np.random.Generator:
     # the low words of the counter advance with use; stream and index sit above them, so streams never meet
-    return np.random.Generator(np.random.Philox(key=[seed, draw.epoch], counter=[0, 0, stream, draw.index]))
+    return np.random.Generator(np.random.Philox(key=[seed, draw.epoch], counter=[0, 0, stream, draw.sample]))
 
 
 def draw_flip(seed: int, draw: Draw) -> bool:

@@ -26,7 +26,7 @@ CROP = "adm_center"  # name of `center_crop` in fingerprints
 _WNID = re.compile(r"n\d{8}")
 
 
-class BrokenImage(ValueError):
+class BrokenImageError(ValueError):
     """An image that cannot be decoded; the message is the reason, without the file's name."""
 
 
@@ -37,27 +37,27 @@ def read_image(source: Path | bytes) -> "Image":
     orientation is applied.
 
     Raises:
-        BrokenImage: if the file is empty, truncated, or not an image.
+        BrokenImageError: if the file is empty, truncated, or not an image.
     """
     from PIL import Image, ImageOps
 
     data = source if isinstance(source, bytes) else _read_bytes(source)
     if not data:
-        raise BrokenImage("zero bytes")
+        raise BrokenImageError("zero bytes")
     try:
         with Image.open(BytesIO(data)) as image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     # PIL reports broken files through many unrelated classes: EOFError, SyntaxError, struct.error, ...
     except Exception as error:
-        raise BrokenImage(_reason(error)) from error
+        raise BrokenImageError(_reason(error)) from error
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BrokenImage(error.strerror or type(error).__name__) from error
+        raise BrokenImageError(error.strerror or type(error).__name__) from error
 
 
 def _reason(error: Exception) -> str:
@@ -103,7 +103,7 @@ def read_pixels(source: Path | bytes, size: int) -> Tensor:
     """Read, crop and scale one image: (3, S, S) in [-1, 1].
 
     Raises:
-        BrokenImage: if the file cannot be decoded.
+        BrokenImageError: if the file cannot be decoded.
     """
     return to_pixels(center_crop(read_image(source), size)).contiguous()
 

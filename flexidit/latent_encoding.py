@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flexidit.images import CROP, BrokenImage, ImageIndex, read_pixels
+from flexidit.images import CROP, BrokenImageError, ImageIndex, read_pixels
 from flexidit.latent_shards import (
     METADATA_FILE,
     Metadata,
@@ -97,7 +97,7 @@ class _Reader(Dataset[tuple[int, "Tensor | str"]]):
         position = self.positions[item]
         try:
             return position, read_pixels(self.images.path(position), self.size)
-        except BrokenImage as error:
+        except BrokenImageError as error:
             return position, str(error)
 
 

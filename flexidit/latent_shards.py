@@ -86,7 +86,7 @@ class Metadata:
         """
         path = Path(root) / METADATA_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"no latents in {root}: it has no {METADATA_FILE}; make them with `flexidit encode`")
+            raise FileNotFoundError(f"no latents in {root}: it has no {METADATA_FILE}; run `flexidit encode`")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.pop("format", None) != FORMAT:
@@ -179,7 +179,7 @@ def _differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: 
 
 
 class LatentShards(Dataset[dict[str, Tensor]]):
-    """Map-style, memory-mapped latents: ``dataset[Draw(index, epoch)]`` is a pure function of its arguments.
+    """Map-style, memory-mapped latents: ``dataset[Draw(sample, epoch)]`` is a pure function of its arguments.
 
     A sample is ``mean + std * noise`` of the image or, half of the time, of its mirror image; flip and noise are
     keyed by (seed, epoch, position of the image in the source), so skipped images change nothing for the others.
@@ -235,13 +235,13 @@ class LatentShards(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: int | Draw) -> dict[str, Tensor]:
         """One sample: ``x`` (Z, h, w) float32 and ``y`` () int64."""
         draw = Draw.of(key)
-        return {"x": self._sample(draw), "y": self.labels[draw.index]}
+        return {"x": self._sample(draw), "y": self.labels[draw.sample]}
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Tensor]:
         """A batch: ``x`` (N, Z, h, w) float32 and ``y`` (N,) int64."""
         draws = [Draw.of(key) for key in keys]
         x = torch.stack([self._sample(draw) for draw in draws])
-        return {"x": x, "y": self.labels[[draw.index for draw in draws]]}
+        return {"x": x, "y": self.labels[[draw.sample for draw in draws]]}
 
     def moments(self, index: int, flipped: bool = False) -> tuple[Tensor, Tensor | None]:
         """Stored mean and deviation of one image, (Z, h, w) float32; None for a deterministic VAE."""
@@ -249,13 +249,13 @@ class LatentShards(Dataset[dict[str, Tensor]]):
         row = index - (self._ends[shard - 1] if shard else 0)
         handle, suffix = self._open(self._files[shard]), "_flip" if flipped else ""
         mean = handle.get_slice("mean" + suffix)[row].float()
-        has_std = "std" in handle.keys()  # noqa: SIM118: a safetensors handle is no mapping
+        has_std = "std" in handle.keys()  # noqa: SIM118 (a safetensors handle is no mapping)
         return mean, handle.get_slice("std" + suffix)[row].float() if has_std else None
 
     def _sample(self, draw: Draw) -> Tensor:
         # the image keeps its draws when others are missing: key by its place in the source
-        source = Draw(int(self.indices[draw.index]), draw.epoch)
-        mean, std = self.moments(draw.index, self.flip and draw_flip(self.seed, source))
+        source = Draw(int(self.indices[draw.sample]), draw.epoch)
+        mean, std = self.moments(draw.sample, self.flip and draw_flip(self.seed, source))
         return mean if std is None else mean + std * draw_noise(self.seed, source, self.shape)
 
     def _open(self, file: str) -> Any:
@@ -293,9 +293,8 @@ class LatentShards(Dataset[dict[str, Tensor]]):
         if not self.metadata.complete and self.on_error == "raise":
             raise ValueError(f"the encoding in {self.root} was interrupted: {_HINT}")
         if num_classes is not None and int(self.labels.max()) >= num_classes:
-            raise ValueError(
-                f"the latents in {self.root} have class {int(self.labels.max())}, but the model has {num_classes} classes"
-            )
+            largest = int(self.labels.max())
+            raise ValueError(f"the latents in {self.root} have class {largest}, the model has {num_classes} classes")
         self._warn()
 
     def _warn(self) -> None:

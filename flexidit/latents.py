@@ -8,8 +8,8 @@ becomes part of its parameters, its checkpoints or its sharding.
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +83,8 @@ class LatentCodec:
         device: where the VAE runs; results return to the device of the input.
         dtype: precision of its convolutions, through autocast. VAEs that ask for it (``force_upcast``) run in
             float32 instead of float16, where SD's overflow.
-        batch_size: images that go through at once, which bounds memory.
+        batch_size: images that go through at once, which bounds memory. Small is fastest on a CPU (TAESD at 256
+            pixels: 0.20 s an image alone, 0.40 s in batches of 16), large on a GPU.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class LatentCodec:
         *,
         device: torch.device | str = "cpu",
         dtype: CodecDtype = "float32",
-        batch_size: int = 16,
+        batch_size: int = 4,
     ) -> None:
         if dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"the codec's dtype is float32, float16 or bfloat16, got {dtype!r}")
@@ -203,8 +204,8 @@ class LatentCodec:
 
     def _check_pixels(self, pixels: Tensor) -> None:
         channels = int(self._config("in_channels"))
-        fits = pixels.ndim == 4 and pixels.shape[1] == channels and not any(s % self.downscale for s in pixels.shape[2:])
-        if not fits:
+        divides = not any(side % self.downscale for side in pixels.shape[2:])
+        if pixels.ndim != 4 or pixels.shape[1] != channels or not divides:
             raise ValueError(
                 f"this VAE encodes pixels of shape (N, {channels}, H, W) with H and W divisible by {self.downscale}, "
                 f"got {tuple(pixels.shape)}"
@@ -253,7 +254,8 @@ def load_vae(source: str | Path) -> nn.Module:
         name = diffusers.AutoencoderKL.load_config(location, **options).get("_class_name")
         if name in _CLASSES:
             options |= {"use_safetensors": True, "torch_dtype": torch.float32, "output_loading_info": True}
-            vae, info = getattr(diffusers, name).from_pretrained(location, **options)
+            with _quiet():  # AutoencoderTiny warns about a field of its own configuration
+                vae, info = getattr(diffusers, name).from_pretrained(location, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(_unavailable(source, error)) from error
     if name not in _CLASSES:
@@ -261,6 +263,18 @@ def load_vae(source: str | Path) -> nn.Module:
     if info["missing_keys"]:  # diffusers would leave these at random values, with a warning only
         raise ValueError(f"the weights of {source} lack {len(info['missing_keys'])} tensors of {name}")
     return vae.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _locate(source: str | Path) -> tuple[str, str | None]:

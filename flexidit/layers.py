@@ -114,7 +114,8 @@ class TimestepEmbedder(nn.Module):
         """Cosines, then sines, in float32: (N,) -> (N, 256)."""
         half = self.num_features // 2
         index = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(index * (-math.log(10000.0) / (half - self.frequency_shift)))
+        # In this order of operations, as DiT: at t = 999 one rounding more moves the phase by 1e-5.
+        frequencies = torch.exp(-math.log(10000.0) * index / (half - self.frequency_shift))
         angles = t.float().unsqueeze(1) * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 

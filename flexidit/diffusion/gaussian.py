@@ -37,9 +37,9 @@ class GaussianDiffusion:
     """A Markov chain of Gaussian noising steps, and its reversal (Ho et al. 2020; Nichol and Dhariwal 2021).
 
     Tables are float64 and live outside any module, on purpose: as buffers they would lose their precision in
-    ``module.to(torch.bfloat16)`` and their content in ``to_empty`` after a start on the meta device. They are copied once
-    to each device that asks (later calls do not synchronise with it), and each value is cast where it is used: to the
-    dtype of the latents, but at least float32. So half-precision latents give float32 results.
+    ``module.to(torch.bfloat16)`` and their content in ``to_empty`` after a start on the meta device. They are copied
+    once to each device that asks (later calls do not synchronise with it), and each value is cast where it is used: to
+    the dtype of the latents, but at least float32. So half-precision latents give float32 results.
 
     Step indices are not range-checked, since this would synchronise with the device: they must lie in
     ``0 .. num_timesteps - 1``.
@@ -154,12 +154,12 @@ class GaussianDiffusion:
         """The model's p(x_{t-1} | x_t). Predicted clean latents are not clipped, as in DiT's sampling.
 
         Args:
-            model_output: (N, 2C, ...): noise prediction, then where the log variance lies between its bounds, -1 for the
-                posterior variance and 1 for beta (Nichol and Dhariwal 2021, eq. 15); or (N, C, ...): noise alone.
+            model_output: (N, 2C, ...): noise prediction, then where the log variance lies between its bounds, -1 for
+                the posterior variance and 1 for beta (Nichol and Dhariwal 2021, eq. 15); or (N, C, ...): noise alone.
             x_t: (N, C, ...).
             t: (N,), step indices.
-            fixed_variance: which bound to use when the model predicts noise alone. ``"large"`` is DiT's choice: beta, but
-                at t = 0 the posterior variance of t = 1.
+            fixed_variance: which bound to use when the model predicts noise alone. ``"large"`` is DiT's choice: beta,
+                but at t = 0 the posterior variance of t = 1.
 
         Raises:
             ValueError: another number of channels, or an unknown ``fixed_variance``.
@@ -234,8 +234,9 @@ def split_output(model_output: Tensor, num_channels: int) -> tuple[Tensor, Tenso
 def even_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     """``num_steps`` indices of ``0 .. num_timesteps - 1``, ascending, spaced as DiT spaces them.
 
-    The position is accumulated in floating point and then rounded, half to even. This is not ``linspace``: positions that
-    should fall on one half land beside it for a few counts (1000 steps to 23, for one), and the result must be DiT's.
+    The position is accumulated in floating point and then rounded, half to even. This is not ``linspace``: positions
+    that should fall on one half land beside it for a few counts (1000 steps to 23, for one), and the result must be
+    DiT's.
     """
     stride = (num_timesteps - 1) / (num_steps - 1)
     position, timesteps = 0.0, []

@@ -37,10 +37,10 @@ def diffusion_loss(
 ) -> DiffusionLoss:
     """The loss that ``create_diffusion(timestep_respacing="")`` of the DiT repository trains with.
 
-    Its loss type is plain ``MSE`` (``rescale_learned_sigmas=False``), so the bound of the one drawn t is added as it is:
-    in bits (nats / ln 2), mean over the elements, neither multiplied by the number of steps nor divided by 1000. (With
-    1000 steps the rescaled type has the factor 1000 / 1000: both are the same.) The bound trains the variance only: the
-    noise prediction enters it detached, and nothing is clipped.
+    Its loss type is plain ``MSE`` (``rescale_learned_sigmas=False``), so the bound of the one drawn t is added as it
+    is: in bits (nats / ln 2), mean over the elements, neither multiplied by the number of steps nor divided by 1000.
+    (With 1000 steps the rescaled type has the factor 1000 / 1000: both are the same.) The bound trains the variance
+    only: the noise prediction enters it detached, and nothing is clipped.
 
     Half-precision inputs are raised to float32: the bound takes logarithms of differences.
 
@@ -73,8 +73,9 @@ def variational_bound(
 ) -> Tensor:
     """One term of the variational bound, in bits per element: (N,).
 
-    For t > 0 the divergence of the model's step from the true posterior, KL(q || p); at t = 0 the negative log likelihood
-    of the data, discretised to 256 levels in [-1, 1] (Ho et al. 2020, eq. 13). DiT applies the latter to latents as well.
+    For t > 0 the divergence of the model's step from the true posterior, KL(q || p); at t = 0 the negative log
+    likelihood of the data, discretised to 256 levels in [-1, 1] (Ho et al. 2020, eq. 13). DiT applies the latter to
+    latents as well.
     """
     q = diffusion.q_posterior(x_start, x_t, t)
     p = diffusion.p_mean_variance(model_output, x_t, t)
@@ -93,8 +94,8 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log probability, in nats, of the bin of width 2 / 255 around each element of ``x`` under a normal distribution.
 
-    The bins at the ends of [-1, 1] reach to infinity. The distribution function is the tanh approximation, as in DiT: the
-    exact one would not reproduce its losses.
+    The bins at the ends of [-1, 1] reach to infinity. The distribution function is the tanh approximation, as in DiT:
+    the exact one would not reproduce its losses.
     """
     inverse_scale = torch.exp(-log_scale)
     upper = _normal_cdf((x - mean + 1 / 255) * inverse_scale)

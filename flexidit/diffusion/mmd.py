@@ -1,9 +1,9 @@
 """The bootstrapped distribution-matching loss (paper, appendix B.1; READING.md 1-3).
 
 Training on noised data never shows the powerful patch sizes the errors of the weak ones, which come before them at
-inference. Here real latents are noised to a time t2 and denoised for a few steps, weak sizes first, down to t1; the result
-should be distributed as real latents noised directly to t1, and the maximum mean discrepancy (MMD; Gretton et al. 2012)
-measures by how much it is not.
+inference. Here real latents are noised to a time t2 and denoised for a few steps, weak sizes first, down to t1; the
+result should be distributed as real latents noised directly to t1, and the maximum mean discrepancy (MMD; Gretton et
+al. 2012) measures by how much it is not.
 
 Shape legend: N and M samples, D elements of a flattened sample, C latent channels, ... latent axes after them.
 Times are step indices of the (respaced) process, t1 < t2, and t2 is the noisier one: see ``flexidit.diffusion``.
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -49,7 +51,7 @@ class ChainPlan:
         sizes = [size for size, _ in self.stages]
         if not sizes or any(num_steps < 1 for _, num_steps in self.stages):
             raise ValueError(f"a chain needs at least one step of each of its patch sizes, got {self._text()}")
-        if any(not earlier > later for earlier, later in zip(sizes, sizes[1:], strict=False)):
+        if any(not earlier > later for earlier, later in pairwise(sizes)):
             raise ValueError(f"a chain goes from the weakest to the most powerful patch size, got {self._text()}")
 
     @classmethod
@@ -81,8 +83,8 @@ def sample_time_pair(
 
     One pair serves the whole global batch, so that every rank runs equally many steps; seed ``generator`` by
     (seed, step), without the rank. The relative time t1 / (num_timesteps - num_steps) is logit-normal: the mismatch is
-    largest near the data (paper, Fig. 11 left and C.2), and a negative ``location`` draws small t1 more often. The paper
-    gives no numbers: with the defaults, five of six t1 lie in the cleaner half.
+    largest near the data (paper, Fig. 11 left and C.2), and a negative ``location`` draws small t1 more often. The
+    paper gives no numbers: with the defaults, five of six t1 lie in the cleaner half.
 
     Args:
         num_timesteps: of the respaced process, 250 in the paper.
@@ -134,8 +136,8 @@ def bootstrapped_mmd_loss(
         times: ``(t1, t2)`` from :func:`sample_time_pair`, the same on all ranks.
         generator: noise of both ends and of the chain, on the device of the latents, different on each rank; ``None``
             means PyTorch's global one.
-        backprop_steps: how many of the last steps carry gradients. Each costs the activations of one forward, unless the
-            model checkpoints them. ``None`` means the steps of the most powerful size; the paper does not say.
+        backprop_steps: how many of the last steps carry gradients. Each costs the activations of one forward, unless
+            the model checkpoints them. ``None`` means the steps of the most powerful size; the paper does not say.
         bandwidths: see :func:`rbf_mmd`.
         estimator: see :func:`rbf_mmd`.
         gather: joins the samples of all ranks; ``None`` means :func:`gather_across_ranks`.
@@ -197,18 +199,19 @@ def denoise_chain(
 def rbf_mmd(
     x: Tensor, y: Tensor, *, bandwidths: Sequence[float] | None = None, estimator: Estimator = "biased"
 ) -> Tensor:
-    """Squared MMD of two sample sets under a mean of RBF kernels exp(-d^2 / (2 b^2)) (Gretton et al. 2012, eq. 3 and 5).
+    """Squared MMD of two sets under a mean of RBF kernels exp(-d^2 / (2 b^2)) (Gretton et al. 2012, eq. 3 and 5).
 
-    Computed in float32 at least, autocast or not, without synchronising with the device. Memory: a few (N + M)^2 matrices.
+    Computed in float32 at least, autocast or not, without waiting for the device. Memory: a few (N + M)^2 matrices.
 
     Args:
         x: (N, ...), flattened to (N, D).
         y: (M, ...), flattened to (M, D).
-        bandwidths: the b of each kernel, in the units of the data. ``None`` means the median heuristic: b^2 is 1/4, 1/2,
-            1, 2 and 4 times the median squared distance within both sets together, taken as a constant by backward.
+        bandwidths: the b of each kernel, in the units of the data. ``None`` means the median heuristic: b^2 is 1/4,
+            1/2, 1, 2 and 4 times the median squared distance within both sets together, a constant to backward.
         estimator: ``"biased"`` counts each sample's kernel with itself: never negative, zero for equal sets, but above
             zero on average for two draws of one distribution. ``"unbiased"`` leaves those out: zero on average there,
-            thus sometimes negative. Gradients differ by how strongly samples of x repel each other, by N / (N - 1).
+            thus sometimes negative. The biased gradient repels the samples of x from each other by a factor
+            (N - 1) / N too little, which favours sets that are slightly too narrow: with few samples, take unbiased.
 
     Returns:
         () scalar.
@@ -218,7 +221,7 @@ def rbf_mmd(
     """
     _check_mmd(x, y, bandwidths, estimator)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with _full_precision(x.device.type):
         distances = _squared_distances(torch.cat([x.flatten(1).to(dtype), y.flatten(1).to(dtype)]))
         kernel = _mixture(distances, bandwidths)
     n = len(x)
@@ -233,8 +236,8 @@ def gather_across_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
     For a loss that each rank then computes *identically* from the gathered samples. Backward hands each rank the
     gradient of its own samples times the number of ranks, without communication. The averaging of gradients over ranks
-    in DDP and FSDP divides by that number again, which leaves the sum over all samples: the gradient of the global loss.
-    (A plain slice would leave 1 / world of it.) Parameters whose gradients are not averaged need another rule.
+    in DDP and FSDP divides by that number again, which leaves the sum over all samples: the gradient of the global
+    loss. (A plain slice would leave 1 / world of it.) Parameters whose gradients are not averaged need another rule.
 
     Every rank must hold the same number of samples; drop the last incomplete batch.
     """
@@ -268,6 +271,12 @@ def _check_mmd(x: Tensor, y: Tensor, bandwidths: Sequence[float] | None, estimat
         raise ValueError(f"bandwidths are positive numbers, got {list(bandwidths)}; None means the median heuristic")
 
 
+def _full_precision(device_type: str) -> AbstractContextManager[None]:
+    """No autocast, where there is one: it would run the product of distances in half precision."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+
+
 def _squared_distances(z: Tensor) -> Tensor:
     """Between all pairs of rows: (N, D) -> (N, N). Centred first: the expanded square cancels badly far from zero."""
     z = z - z.detach().mean(0)
@@ -285,9 +294,9 @@ def _mixture(distances: Tensor, bandwidths: Sequence[float] | None) -> Tensor:
 
 
 def _median_off_diagonal(distances: Tensor) -> Tensor:
-    """Median over pairs of different samples, above zero so that it can divide; indices, not a mask: no device sync."""
+    """Median over pairs of different samples, above zero. Indices, not a mask: a mask would wait for the device."""
     rows, columns = torch.triu_indices(len(distances), len(distances), offset=1, device=distances.device)
-    return distances[rows, columns].median().clamp(min=torch.finfo(distances.dtype).tiny)
+    return distances[rows, columns].median().clamp(min=torch.finfo(distances.dtype).tiny ** 0.5)
 
 
 def _mean_off_diagonal(kernel: Tensor) -> Tensor:

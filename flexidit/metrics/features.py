@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -99,22 +99,26 @@ class InceptionFeatures(nn.Module):
         ValueError: the weights cannot be had, or are not these.
     """
 
+    name = "Inception-v3 pool features (2015 TensorFlow weights, clean resize)"
+
     def __init__(self, weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         state = _download_inception() if weights is None else _load_pth(weights, "Inception")
         self.network = _build_inception()
         _load_strict(self.network, state, weights or INCEPTION_URL)
+        self.fc = self.network.fc
+        self.network.fc = nn.Identity()  # the network's own forward then ends at the pool
         self.fingerprint = f"inception-v3-fid/clean-299/{_digest(state)}"
         _freeze(self)
-
-    @property
-    def name(self) -> str:
-        return "Inception-v3 pool features (2015 TensorFlow weights, clean resize)"
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 1 or 3, H, W) in [-1, 1] -> (N, 2048)."""
         levels = resize_clean(to_byte_levels(as_rgb(pixels)), 299)
-        return self.network((levels - 128.0) / 128.0).flatten(1)
+        return self.network((levels - 128.0) / 128.0)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Scores of the 2015 network's 1008 classes without bias, as the Inception Score takes them."""
+        return F.linear(self(pixels), self.fc.weight)
 
 
 class SqueezeNetFeatures(nn.Module):
@@ -129,6 +133,8 @@ class SqueezeNetFeatures(nn.Module):
         ValueError: the file is missing or holds another network.
     """
 
+    name = "SqueezeNet 1.0 last features, pooled (ImageNet, clean resize)"
+
     def __init__(self, weights: str | os.PathLike[str]) -> None:
         super().__init__()
         from torchvision.models import squeezenet1_0
@@ -139,10 +145,6 @@ class SqueezeNetFeatures(nn.Module):
         self.register_buffer("bgr_mean", torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1), persistent=False)
         self.fingerprint = f"squeezenet1.0-bgr/clean-227/{_digest(state)}"
         _freeze(self)
-
-    @property
-    def name(self) -> str:
-        return "SqueezeNet 1.0 last features, pooled (ImageNet, clean resize)"
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 1 or 3, H, W) in [-1, 1] -> (N, 512)."""
@@ -168,10 +170,13 @@ class ResNet56Features(nn.Module):
         ValueError: the file is missing or holds another network.
     """
 
+    name = "ResNet-56 pool features (CIFAR-10)"
+
     def __init__(self, weights: str | os.PathLike[str]) -> None:
         super().__init__()
         checkpoint = _load_pth(weights, "ResNet-56")
-        state = {name.removeprefix("module."): value for name, value in checkpoint.get("state_dict", checkpoint).items()}
+        state = checkpoint.get("state_dict", checkpoint)
+        state = {name.removeprefix("module."): value for name, value in state.items()}
         self.network = cifar_resnet(56)
         _load_strict(self.network, state, weights)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
@@ -179,22 +184,15 @@ class ResNet56Features(nn.Module):
         self.fingerprint = f"resnet56-cifar10/clean-32/{_digest(state)}"
         _freeze(self)
 
-    @property
-    def name(self) -> str:
-        return "ResNet-56 pool features (CIFAR-10)"
-
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 1 or 3, H, W) in [-1, 1] -> (N, 64)."""
-        return self._pooled(pixels)
-
-    def logits(self, pixels: Tensor) -> Tensor:
-        """CIFAR-10 class scores, classes in alphabetical order: (N, 1 or 3, H, W) in [-1, 1] -> (N, 10)."""
-        return self.network.get_submodule("linear")(self._pooled(pixels))
-
-    def _pooled(self, pixels: Tensor) -> Tensor:
         levels = resize_clean(to_byte_levels(as_rgb(pixels)), 32)
         x = (levels / 255.0 - self.get_buffer("mean")) / self.get_buffer("std")
         return self.network[:-1](x)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """CIFAR-10 class scores, classes in alphabetical order: (N, 1 or 3, H, W) in [-1, 1] -> (N, 10)."""
+        return self.network[-1](self(pixels))
 
 
 class _CifarBlock(nn.Module):
@@ -250,11 +248,11 @@ def _load_strict(network: nn.Module, state: dict[str, Tensor], source: object) -
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{source} does not hold the weights of this network: {str(error).splitlines()[-1].strip()}") \
-            from error  # fmt: skip
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{source} does not hold the weights of this network: {reason}") from error
 
 
-def _load_pth(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
+def _load_pth(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"no {what} weights at {path}; give the path of a downloaded file")
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -273,12 +271,30 @@ def _download_inception() -> dict[str, Tensor]:
         return torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"the Inception weights could not be downloaded ({error}); fetch {INCEPTION_URL} elsewhere and give its path"
+            f"the Inception weights could not be downloaded ({error}); "
+            f"fetch {INCEPTION_URL} elsewhere and give its path"
         ) from error
 
 
-def _build_inception() -> nn.Sequential:
-    """clean-fid's patched Inception-v3 up to the pool, named as in its state dict, with random weights."""
+def _build_inception() -> nn.Module:
+    """torchvision's Inception-v3 with clean-fid's patched blocks, random weights, keys as pytorch-fid's file has them.
+
+    clean-fid has this as a function, but one that downloads the weights on the way.
+    """
+    from cleanfid import inception_pytorch as blocks
+    from torchvision.models import Inception3
+
+    network = Inception3(num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
+    network.Mixed_5b = blocks.FIDInceptionA(192, pool_features=32)
+    network.Mixed_5c = blocks.FIDInceptionA(256, pool_features=64)
+    network.Mixed_5d = blocks.FIDInceptionA(288, pool_features=64)
+    network.Mixed_6b = blocks.FIDInceptionC(768, channels_7x7=128)
+    network.Mixed_6c = blocks.FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6d = blocks.FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6e = blocks.FIDInceptionC(768, channels_7x7=192)
+    network.Mixed_7b = blocks.FIDInceptionE_1(1280)
+    network.Mixed_7c = blocks.FIDInceptionE_2(2048)
+    return network
 
 
 def _digest(state: dict[str, Tensor]) -> str:

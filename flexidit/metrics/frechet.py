@@ -69,17 +69,20 @@ class Gaussian:
     """(D, D) float64, divided by N - 1 as in numpy's ``cov``, clean-fid and torchmetrics."""
     count: int | None = None
     """Number of samples N behind it; None where a file of others does not say."""
+    fingerprint: str | None = None
+    """Of the feature extractor; None where a file of others does not say."""
 
     def distance(self, other: Gaussian) -> float:
         """Frechet distance to ``other``."""
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an ``.npz`` with ``mu`` and ``sigma``, as clean-fid and ADM have them, and ``count``."""
+        """Write an ``.npz`` with ``mu`` and ``sigma``, as clean-fid and ADM have them, and what else is known."""
         import numpy as np
 
-        count = {} if self.count is None else {"count": np.int64(self.count)}
-        np.savez(path, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy(), **count)
+        extra = {"count": self.count, "fingerprint": self.fingerprint}
+        known = {name: np.asarray(value) for name, value in extra.items() if value is not None}
+        np.savez(path, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy(), **known)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Gaussian:
@@ -96,7 +99,9 @@ class Gaussian:
             if not {"mu", "sigma"} <= set(file.files):
                 raise ValueError(f"{path} holds {sorted(file.files)}; reference statistics are 'mu' and 'sigma'")
             mean, covariance = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
-            return cls(mean, covariance, int(file["count"]) if "count" in file.files else None)
+            count = int(file["count"]) if "count" in file.files else None
+            fingerprint = str(file["fingerprint"]) if "fingerprint" in file.files else None
+            return cls(mean, covariance, count, fingerprint)
 
 
 class FeatureStatistics:
@@ -160,15 +165,15 @@ class FeatureStatistics:
         self._mean += delta * (count / total)
         self.count = total
 
-    def gaussian(self) -> Gaussian:
-        """Mean and covariance of all that has arrived.
+    def gaussian(self, fingerprint: str | None = None) -> Gaussian:
+        """Mean and covariance of all that has arrived, of the extractor with this fingerprint.
 
         Raises:
             ValueError: fewer than two samples.
         """
         if self._mean is None or self._scatter is None or self.count < 2:
             raise ValueError(f"a covariance needs two samples or more, got {self.count}")
-        return Gaussian(self._mean.clone(), self._scatter / (self.count - 1), self.count)
+        return Gaussian(self._mean.clone(), self._scatter / (self.count - 1), self.count, fingerprint)
 
     def gathered(self) -> FeatureStatistics:
         """Statistics over all ranks, the same on each; a copy where there is one process only.

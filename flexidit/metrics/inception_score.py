@@ -20,6 +20,7 @@ def inception_score(logits: Tensor, *, num_splits: int = 1) -> float:
 
 
 def _score(log_p: Tensor) -> float:
+    log_p = log_p.clamp(min=-1e4)  # a class that is ruled out adds 0, not 0 * inf
     p = log_p.exp()  # (n, classes)
-    log_marginal = p.mean(dim=0, keepdim=True).log().clamp(min=-1e4)  # a class never predicted adds 0, not NaN
+    log_marginal = p.mean(dim=0, keepdim=True).log().clamp(min=-1e4)
     return float((p * (log_p - log_marginal)).sum(dim=1).mean().exp())

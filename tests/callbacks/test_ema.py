@@ -133,12 +133,17 @@ def test_swapped_restores_bit_for_bit_even_after_an_exception() -> None:
     ema.update(module)
     module.weight.data.add_(1.0)
     raw = copy.deepcopy(module.state_dict())
-    with pytest.raises(RuntimeError, match="inside"), ema.swapped(module):
-        assert torch.equal(module.weight, ema.average["weight"])
-        with ema.swapped(module):  # nested: nothing happens, nor at its end
-            pass
-        assert torch.equal(module.weight, ema.average["weight"])
-        raise RuntimeError("inside")
+
+    def sample() -> None:
+        with ema.swapped(module):
+            assert torch.equal(module.weight, ema.average["weight"])
+            with ema.swapped(module):  # nested: nothing happens, nor at its end
+                pass
+            assert torch.equal(module.weight, ema.average["weight"])
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        sample()
     assert all(torch.equal(value, raw[name]) for name, value in module.state_dict().items())
 
 

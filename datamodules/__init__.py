@@ -1,0 +1,1 @@
+"""Data for training: Lightning data modules that name, count and survive broken samples, and resume exactly."""

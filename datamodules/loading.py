@@ -1,0 +1,250 @@
+"""Loaders that resume exactly: order as a pure function of (seed, epoch), position in the checkpoint.
+
+Three facts about Lightning shape this file. It creates the training iterator before it tells the sampler the epoch,
+so workers that start at once would read the order of the wrong epoch after a resume. It keeps the loader state of
+rank 0 only, so the state must mean the same on every rank. And it replaces samplers in distributed runs unless they
+are ``DistributedSampler``s, so ours is one, and ``use_distributed_sampler`` of the trainer has no effect on it.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from flexidit.draws import Draw
+
+logger = logging.getLogger(__name__)
+Batch = TypeVar("Batch")
+
+
+class EpochSampler(DistributedSampler[Draw]):
+    """Draws of one rank, in an order that is a pure function of (seed, epoch).
+
+    Rank r takes every world_size-th place of the common order, starting at r. A step of all ranks is therefore one
+    run of that order, whatever the number of ranks. Nothing is repeated to make ranks equal: with ``drop_last`` all
+    ranks get the same number (training), without it they may differ by one sample (evaluation).
+
+    Args:
+        indices: the samples to draw from, positions in the data set.
+        shuffle: False keeps the order and the epoch at 0, so that every evaluation sees the same.
+        seed: of the order.
+        rank: of this process.
+        world_size: number of processes.
+        drop_last: leave out the samples that do not divide among the ranks.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ) -> None:
+        self.indices = torch.as_tensor(indices, dtype=torch.int64)
+        dataset: Any = range(len(indices))  # the base class only asks for its length
+        super().__init__(dataset, world_size, rank, shuffle, seed, drop_last)
+        self.start = 0
+
+    @property
+    def size(self) -> int:
+        """Samples of all ranks together."""
+        return len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass; another epoch than the present one begins at its start."""
+        if self.shuffle and epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def order(self) -> Tensor:
+        """Positions in the data set for this rank and epoch, (samples of the rank,)."""
+        order = self.indices
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+            order = order[torch.randperm(len(order), generator=generator)]
+        if self.drop_last:
+            order = order[: len(order) // self.num_replicas * self.num_replicas]
+        return order[self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[Draw]:
+        start, self.start = self.start, 0
+        epoch = self.epoch
+        return (Draw(sample, epoch) for index in self.order()[start:].tolist())
+
+    def __len__(self) -> int:
+        shared, rest = divmod(len(self.indices), self.num_replicas)
+        return shared + (not self.drop_last and self.rank < rest)
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """One seed for two numbers; neighbours do not overlap as ``seed + epoch`` would: (1, 0) and (0, 1) differ."""
+    return (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + 1) % 2**63
+
+
+class ResumableLoader(StatefulDataLoader[Any]):
+    """torchdata's loader with a state that is only (epoch, number of batches consumed).
+
+    That state is equal on all ranks, survives a change of the number of workers, costs nothing to take, and a resume
+    jumps in the sampler's order instead of reading again. Iterable data sets (tars) have no such order: there the
+    consumed batches are read again and dropped. Work starts at the first ``next``, after Lightning has set the epoch.
+
+    A finished pass moves to the next epoch by itself, so a plain loop needs no ``set_epoch``.
+    """
+
+    _at = (0, 0)
+    """(epoch, batches consumed in it)"""
+    _resume_at = 0
+    """batches to leave out of the next pass"""
+
+    @property
+    def cursor(self) -> Any:
+        """The object that knows the epoch: the sampler, or an iterable data set."""
+        return self.dataset if self._streams else self.sampler
+
+    @property
+    def _streams(self) -> bool:
+        return isinstance(self.dataset, IterableDataset)
+
+    def __len__(self) -> int:
+        if not self._streams:
+            return super().__len__()
+        if self.cursor.num_batches is None:
+            raise TypeError("the length of one pass over tars is not known")
+        return int(self.cursor.num_batches)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._pass()
+
+    def _pass(self) -> Iterator[Any]:
+        epoch, start = self._begin()
+        if self._streams:
+            batches = islice(super().__iter__(), start, self.cursor.num_batches)
+        else:
+            self.cursor.start = start * (self.batch_size or 1)
+            batches = super().__iter__()
+        for consumed, batch in enumerate(batches, start + 1):
+            self._at = (epoch, consumed)
+            yield batch
+        self.cursor.set_epoch(epoch + 1)
+        self._at = (self.cursor.epoch, 0)
+
+    def _begin(self) -> tuple[int, int]:
+        """(epoch, first batch) of a new pass."""
+        (epoch, consumed), start = self._at, self._resume_at
+        if self._streams and consumed and not start:
+            # Lightning sets the epoch of samplers only, and does not exhaust a loader whose length it knows
+            self.cursor.set_epoch(epoch + 1)
+        start = start if self.cursor.epoch == epoch else 0
+        self._at, self._resume_at = (self.cursor.epoch, start), 0
+        return self._at
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch is."""
+        epoch, consumed = self._at
+        if epoch != self.cursor.epoch:  # the next epoch was set and none of its batches read
+            epoch, consumed = self.cursor.epoch, 0
+        return {"epoch": epoch, "batch": consumed, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue there. A state of another seed, data set or batch size is accepted with a warning."""
+        for name, ours in self._identity().items():
+            if state_dict[name] != ours:
+                logger.warning("%s was %s and is %s: the resume is not exact", name, state_dict[name], ours)
+        self.cursor.set_epoch(state_dict["epoch"])
+        self._at = (self.cursor.epoch, state_dict["batch"])
+        self._resume_at = state_dict["batch"]
+
+    def _identity(self) -> dict[str, int]:
+        """What an exact resume needs to be as it was."""
+        global_batch_size = (self.batch_size or 1) * self.cursor.num_replicas
+        return {"seed": self.cursor.seed, "size": self.cursor.size, "global_batch_size": global_batch_size}
+
+
+def map_loader(
+    dataset: Dataset[Any],
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    training: bool,
+    trainer: L.Trainer | None,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> ResumableLoader:
+    """Loader over part of a map-style data set that returns whole batches (``__getitems__``).
+
+    Training shuffles and drops the last incomplete batch; evaluation keeps order and everything.
+
+    Raises:
+        ValueError: if training would have no batch.
+    """
+    rank, world_size = ranks_of(trainer)
+    if training and len(indices) < batch_size * world_size:
+        raise ValueError(
+            f"{len(indices)} training samples do not fill one batch of {batch_size} on {world_size} process(es): "
+            f"lower batch_size"
+        )
+    sampler = EpochSampler(
+        indices, shuffle=training, seed=seed, rank=rank, world_size=world_size, drop_last=training
+    )
+    return ResumableLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=training,
+        num_workers=num_workers,
+        collate_fn=identity,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+    )
+
+
+def stream_loader(dataset: Any, batch_size: int, num_workers: int = 0) -> ResumableLoader:
+    """Loader over a :class:`~datamodules.tar_samples.TarSamples`, which is split among ranks by itself.
+
+    Raises:
+        ValueError: if there are fewer tars than reading processes.
+    """
+    dataset.check_shards(num_workers)
+    workers = num_workers if dataset.training else min(num_workers, len(dataset.tars))
+    return ResumableLoader(
+        dataset,
+        batch_size=batch_size,
+        drop_last=dataset.training,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def split_indices(num_samples: int, val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """(train, val) positions, each ascending; a pure function of the arguments."""
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed)).tolist()
+    num_val = round(num_samples * val_fraction)
+    return sorted(order[num_val:]), sorted(order[:num_val])
+
+
+def check_fraction(val_fraction: float) -> None:
+    """Refuse a share of validation data outside [0, 1)."""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is at least 0 and below 1, got {val_fraction}")
+
+
+def ranks_of(trainer: L.Trainer | None) -> tuple[int, int]:
+    """(rank, world size) from the trainer, else from an initialised process group, else (0, 1)."""
+    if trainer is not None:
+        return trainer.global_rank, trainer.world_size
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def identity(batch: Batch) -> Batch:
+    """Collate function of data sets that return whole batches."""
+    return batch

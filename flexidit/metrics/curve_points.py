@@ -1,0 +1,110 @@
+"""One measured point of a quality-against-FLOPs curve, with all that is needed to measure it again, and its csv."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What was measured and how: one row of ``curve.csv``."""
+
+    series: str
+    budget: float
+    """Relative FLOPs asked for."""
+    relative_flops: float
+    """FLOPs relative to the base patch size throughout at the full number of steps."""
+    flops_per_image: int
+    frechet: float
+    """Frechet distance to the reference."""
+    accuracy: float | None
+    """Share of samples that the classifier gives their class; None without a classifier."""
+    seconds_per_image: float
+    """Sampling time on one device, without decoding; depends on batch size and device."""
+    schedule: str
+    num_sampling_steps: int
+    num_samples: int
+    evaluator: str
+    fingerprint: str
+    """Of the evaluator's features."""
+    reference: str
+    model: str
+    """Which weights."""
+    codec: str
+    solver: str
+    cfg_scale: float
+    guidance_channels: int | None
+    """The first so many channels were guided; None: all."""
+    precision: str
+    """Type that the model ran in."""
+    seed: int
+    batch_size: int
+    device: str
+
+    def describe(self) -> str:
+        """One line that says how the number came about."""
+        channels = "" if self.guidance_channels is None else f" on {self.guidance_channels} channels"
+        return (
+            f"Frechet distance {self.frechet:.4g} at {self.relative_flops:.1%} FLOPs: {self.evaluator}; reference "
+            f"{self.reference}; {self.num_samples} samples; {self.solver}, {self.num_sampling_steps} steps "
+            f"({self.schedule}); guidance {self.cfg_scale:g}{channels}; {self.codec}; {self.precision}; "
+            f"seed {self.seed}"
+        )
+
+
+def write_csv(points: Iterable[CurvePoint], path: str | os.PathLike[str]) -> None:
+    """One row a point, whole at every moment: an interrupted write leaves the old file."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="ascii", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(CurvePoint)])
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in points)
+    partial.replace(target)
+
+
+def read_csv(path: str | os.PathLike[str]) -> list[CurvePoint]:
+    """Inverse of :func:`write_csv`; no points where there is no file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not Path(path).is_file():
+        return []
+    with Path(path).open(newline="", encoding="ascii") as file:
+        rows = list(csv.DictReader(file))
+    names = {field.name for field in fields(CurvePoint)}
+    if any(set(row) != names for row in rows):
+        raise ValueError(f"{path} is not a curve of this version: its columns differ; move it away to measure again")
+    return [CurvePoint(**{name: _READ.get(name, str)(value) for name, value in row.items()}) for row in rows]
+
+
+def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: read(text) if text else None
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "budget": float,
+    "relative_flops": float,
+    "flops_per_image": int,
+    "frechet": float,
+    "accuracy": _optional(float),
+    "seconds_per_image": float,
+    "num_sampling_steps": int,
+    "num_samples": int,
+    "cfg_scale": float,
+    "guidance_channels": _optional(int),
+    "seed": int,
+    "batch_size": int,
+}
+
+
+def find_point(points: Iterable[CurvePoint], record: Mapping[str, Any]) -> CurvePoint | None:
+    """The first point with all these values."""
+    return next((p for p in points if all(getattr(p, name) == value for name, value in record.items())), None)

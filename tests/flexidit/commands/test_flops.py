@@ -1,0 +1,114 @@
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from flexidit.commands import flops
+
+
+def run(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    parser = argparse.ArgumentParser()
+    flops.configure(parser)
+    assert flops.run(parser.parse_args(line.split())) == 0
+    return capsys.readouterr().out
+
+
+def report(line: str, capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(run(f"{line} --json", capsys))
+
+
+def test_numbers_of_the_paper(capsys):
+    out = report("--model DiT-XL/2 --weak 4 --steps 250 --powerful-steps 70", capsys)
+    assert (out["powerful_gflops"], out["weak_gflops"], out["relative"]) == (237.24, 58.09, 0.456)
+    assert out["schedule"] == "1x4x4:180,1x2x2:70" and out["steps"] == 250 and out["guided"]
+    assert [row["gmacs"] for row in out["forward"]] == [118.62, 29.04]
+
+
+def test_example_of_the_help_runs(capsys):
+    assert flops.EXAMPLE.startswith("flexidit flops ")
+    assert report(flops.EXAMPLE.removeprefix("flexidit flops "), capsys)["relative"] == 0.456
+
+
+def test_guiding_branch_of_its_own(capsys):
+    out = report("--powerful-steps 90 --guide-powerful-steps 50", capsys)
+    assert out["relative"] == 0.456 and "/" in out["schedule"]
+
+
+def test_schedule_and_budget_lead_to_the_same_cost(capsys):
+    by_budget = report("--budget 0.6", capsys)
+    by_stages = report(f"--schedule {by_budget['schedule']}", capsys)
+    assert by_budget == by_stages and by_budget["relative"] == pytest.approx(0.6, abs=0.002)
+
+
+def test_without_a_schedule_everything_is_powerful(capsys):
+    assert report("--model DiT-S/2", capsys)["relative"] == 1.0
+
+
+def test_unguided_costs_half(capsys):
+    guided, unguided = report("--powerful-steps 70", capsys), report("--powerful-steps 70 --unguided", capsys)
+    assert unguided["total_tflops"] == pytest.approx(guided["total_tflops"] / 2, abs=0.001)
+    assert not unguided["guided"]
+
+
+def test_unmerged_adapters_cost_a_little(capsys):
+    merged = report("--recipe lora --powerful-steps 70", capsys)
+    unmerged = report("--recipe lora --rank 32 --unmerged --powerful-steps 70", capsys)
+    assert merged["weak_gflops"] == 58.09 < unmerged["weak_gflops"] < 1.1 * 58.09
+    assert merged["powerful_gflops"] == unmerged["powerful_gflops"]
+
+
+def test_latent_sizes(capsys):
+    assert report("--input-size 64", capsys)["input_size"] == [64, 64]
+    assert report("--input-size 32x64", capsys)["forward"][0]["tokens"] == 512
+
+
+def test_three_sizes_have_a_row_each(capsys):
+    assert [row["patch_size"] for row in report("--schedule 8:5,4:5,2:5", capsys)["forward"]] == [
+        "1x2x2",
+        "1x4x4",
+        "1x8x8",
+    ]
+
+
+def test_table_says_the_same(capsys):
+    out = run("--powerful-steps 70", capsys)
+    for text in ("237.24", "58.09", "118.62", "24.48 %", "1x4x4:180,1x2x2:70", "45.6 %", "with guidance"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--model DiT-XXL/2", "unknown model 'DiT-XXL/2'"),
+        ("--weak four", "not a patch size"),
+        ("--weak 2 --powerful-steps 70", "must be larger"),
+        ("--input-size 32x", "not a latent size"),
+        ("--input-size 8x8x8", "not a latent size"),
+        ("--budget 0.1", "0.245 .all weak. to 1"),
+        ("--powerful-steps 300", "do not fit"),
+        ("--guide-powerful-steps 50", "needs --powerful-steps"),
+        ("--powerful-steps 50 --guide-powerful-steps 70", "never more powerful"),
+        ("--schedule 4:10,2:10 --steps 250", "leave --steps out"),
+        ("--unmerged", "add --recipe lora"),
+        ("--recipe lora --rank 0", "at least 1"),
+    ],
+)
+def test_refusals(line, sentence, capsys):
+    with pytest.raises(ValueError, match=sentence):
+        run(line, capsys)
+
+
+def test_exit_code_and_sentence_of_the_command():
+    command = [sys.executable, "-m", "flexidit.cli", "flops", "--budget", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "out of reach" in done.stderr
+
+
+def test_no_torch_is_imported():
+    code = (
+        "import sys; from flexidit.cli import main; main(['flops', '--powerful-steps', '70']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

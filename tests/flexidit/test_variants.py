@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexidit import create_model
+from flexidit.variants import known_variants, variant_config
+
+
+def test_xl2_has_the_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = create_model("DiT-XL/2")
+    assert sum(p.numel() for p in model.parameters()) == 675_129_632  # with the 256 x 1152 position table
+
+
+def test_all_papers_variants_are_there() -> None:
+    assert {f"DiT-{w}/{p}" for w in ("S", "B", "L", "XL") for p in (2, 4, 8)} <= set(known_variants())
+
+
+def test_overrides() -> None:
+    config = variant_config("DiT-S/4", input_size=(8, 12), hidden_size=48, num_heads=4)
+    assert (config.input_size, config.hidden_size, config.patch_size.name) == ((8, 12), 48, "1x4x4")
+
+
+def test_unknown_names_and_fields_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="did you mean 'DiT-XL/2'.*DiT-S/2"):
+        create_model("DiT-XL2")
+    with pytest.raises(ValueError, match="did you mean 'hidden_size'"):
+        create_model("DiT-S/2", hidden_sizes=3)
+    with pytest.raises(ValueError, match="input_size"):
+        create_model("DiT-S/2", input_size=(8, 8, 8))
