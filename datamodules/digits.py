@@ -5,13 +5,12 @@ Shape legend: N batch, S side of the image.
 
 from collections.abc import Sequence
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.loading import ResumableLoader, check_fraction, map_loader
+from datamodules.loading import ResumableDataModule, ResumableLoader, check_fraction, map_loader
 from flexidit.draws import Draw
 from flexidit.latents import PixelCodec
 
@@ -73,7 +72,7 @@ def stratified_split(y: Tensor, val_fraction: float, seed: int) -> tuple[Tensor,
     return torch.cat(train).sort().values, torch.cat(val).sort().values
 
 
-class DigitsDataModule(L.LightningDataModule):
+class DigitsDataModule(ResumableDataModule):
     """Real handwritten digits in pixel space: one channel in [-1, 1], labels 0 to 9, no flips (2 and 5 would suffer).
 
     Batches are ``{"x": (N, 1, S, S), "y": (N,)}``.
@@ -125,7 +124,7 @@ class DigitsDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, whole batches only."""
         self.setup()
-        return self._loader(self.train_indices, training=True)
+        return self.resumable(self._loader(self.train_indices, training=True))
 
     def val_dataloader(self) -> ResumableLoader | list[object]:
         """Fixed order, everything; nothing without held-out images."""

@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor
 
 from datamodules.image_samples import ImageSamples
-from datamodules.loading import ResumableLoader, check_fraction, map_loader, ranks_of, split_indices, stream_loader
+from datamodules.loading import (
+    ResumableDataModule,
+    ResumableLoader,
+    check_fraction,
+    map_loader,
+    ranks_of,
+    split_indices,
+    stream_loader,
+)
 from datamodules.tar_samples import TarSamples, count_samples, expand_tars
 from flexidit.draws import Draw, draw_noise
 from flexidit.images import CROP, find_images
@@ -49,7 +56,7 @@ def source_kind(source: str | Path) -> SourceKind:
     return "tars" if any(folder.glob("*.tar")) else "images"
 
 
-class ImageNetDataModule(L.LightningDataModule):
+class ImageNetDataModule(ResumableDataModule):
     """Class-conditional images for training and validation.
 
     Batches are ``{"x": (N, C, H, W) float32, "y": (N,) int64}``. What lies at ``train`` decides how it is read:
@@ -145,7 +152,7 @@ class ImageNetDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, whole batches only."""
         self.setup()
-        return self._loader("train")
+        return self.resumable(self._loader("train"))
 
     def val_dataloader(self) -> ResumableLoader | list[object]:
         """Fixed order, no flips, the same noise every time; nothing if there are no validation data."""

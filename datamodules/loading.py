@@ -1,12 +1,13 @@
 """Loaders that resume exactly: order as a pure function of (seed, epoch), position in the checkpoint.
 
-Three facts about Lightning shape this file. It creates the training iterator before it tells the sampler the epoch,
-so workers that start at once would read the order of the wrong epoch after a resume. It keeps the loader state of
-rank 0 only, so the state must mean the same on every rank. And it replaces samplers in distributed runs unless they
-are ``DistributedSampler``s, so ours is one, and ``use_distributed_sampler`` of the trainer has no effect on it.
+Facts about Lightning that shape this file: it keeps the loader state of rank 0 only, so the state must mean the same
+on every rank. Its epoch count is not that of the data: a fit that ``max_steps`` ended inside an epoch counts that epoch
+as done, and a checkpoint at the end of an epoch does not restore the loader. And it replaces samplers in distributed
+runs unless they are ``DistributedSampler``s, so ours is one, and the trainer's ``use_distributed_sampler`` does not matter.
 """
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flexidit.draws import Draw
 
+# torchdata 0.11 calls a function that newer torch deprecates; nothing a user could act on
+warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 
@@ -32,7 +35,7 @@ class EpochSampler(DistributedSampler[Draw]):
 
     Args:
         indices: the samples to draw from, positions in the data set.
-        shuffle: False keeps the order and the epoch at 0, so that every evaluation sees the same.
+        shuffle: False keeps the order, and the epoch at 0, so that every evaluation sees the same.
         seed: of the order.
         rank: of this process.
         world_size: number of processes.
@@ -60,9 +63,11 @@ class EpochSampler(DistributedSampler[Draw]):
         return len(self.indices)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass; another epoch than the present one begins at its start."""
-        if self.shuffle and epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
+        """Nothing: Lightning calls this with its own count, which runs ahead of the data after some resumes."""
+
+    def seek(self, epoch: int, start: int = 0) -> None:
+        """Choose the order of the next iterators, and how many draws of the rank to leave out."""
+        self.epoch, self.start = epoch, start
 
     def order(self) -> Tensor:
         """Positions in the data set for this rank and epoch, (samples of the rank,)."""
@@ -75,9 +80,8 @@ class EpochSampler(DistributedSampler[Draw]):
         return order[self.rank :: self.num_replicas]
 
     def __iter__(self) -> Iterator[Draw]:
-        start, self.start = self.start, 0
         epoch = self.epoch
-        return (Draw(sample, epoch) for index in self.order()[start:].tolist())
+        return (Draw(sample, epoch) for sample in self.order()[self.start :].tolist())
 
     def __len__(self) -> int:
         shared, rest = divmod(len(self.indices), self.num_replicas)
@@ -90,23 +94,22 @@ def _mix(seed: int, epoch: int) -> int:
 
 
 class ResumableLoader(StatefulDataLoader[Any]):
-    """torchdata's loader with a state that is only (epoch, number of batches consumed).
+    """torchdata's loader as a tape: a training pass continues where the last one stopped, also across a resume.
 
-    That state is equal on all ranks, survives a change of the number of workers, costs nothing to take, and a resume
-    jumps in the sampler's order instead of reading again. Iterable data sets (tars) have no such order: there the
-    consumed batches are read again and dropped. Work starts at the first ``next``, after Lightning has set the epoch.
+    The state is the place on the tape, (epoch, batches consumed in it): equal on all ranks, independent of the number
+    of workers, of how often validation interrupts, of ``limit_train_batches`` and of Lightning's own epoch count. A
+    resume jumps in the sampler's order instead of reading again; tars have no such order, so there the consumed
+    batches of the epoch are read again and dropped. Work starts at the first ``next``.
 
-    A finished pass moves to the next epoch by itself, so a plain loop needs no ``set_epoch``.
+    An evaluation loader has no tape: every pass is the whole.
     """
 
     _at = (0, 0)
     """(epoch, batches consumed in it)"""
-    _resume_at = 0
-    """batches to leave out of the next pass"""
 
     @property
     def cursor(self) -> Any:
-        """The object that knows the epoch: the sampler, or an iterable data set."""
+        """The object that knows the order: the sampler, or an iterable data set."""
         return self.dataset if self._streams else self.sampler
 
     @property
@@ -124,33 +127,26 @@ class ResumableLoader(StatefulDataLoader[Any]):
         return self._pass()
 
     def _pass(self) -> Iterator[Any]:
-        epoch, start = self._begin()
-        if self._streams:
-            batches = islice(super().__iter__(), start, self.cursor.num_batches)
-        else:
-            self.cursor.start = start * (self.batch_size or 1)
-            batches = super().__iter__()
-        for consumed, batch in enumerate(batches, start + 1):
+        if not self.cursor.shuffle:
+            yield from super().__iter__()
+            return
+        epoch, start = self._at if self._at[1] < len(self) else (self._at[0] + 1, 0)
+        for consumed, batch in enumerate(self._read(epoch, start), start + 1):
             self._at = (epoch, consumed)
             yield batch
-        self.cursor.set_epoch(epoch + 1)
-        self._at = (self.cursor.epoch, 0)
+        self._at = (epoch + 1, 0)
 
-    def _begin(self) -> tuple[int, int]:
-        """(epoch, first batch) of a new pass."""
-        (epoch, consumed), start = self._at, self._resume_at
-        if self._streams and consumed and not start:
-            # Lightning sets the epoch of samplers only, and does not exhaust a loader whose length it knows
-            self.cursor.set_epoch(epoch + 1)
-        start = start if self.cursor.epoch == epoch else 0
-        self._at, self._resume_at = (self.cursor.epoch, start), 0
-        return self._at
+    def _read(self, epoch: int, start: int) -> Iterator[Any]:
+        """The batches of an epoch from ``start`` on."""
+        if self._streams:
+            self.cursor.seek(epoch)
+            return islice(super().__iter__(), start, len(self))
+        self.cursor.seek(epoch, start * (self.batch_size or 1))
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is."""
         epoch, consumed = self._at
-        if epoch != self.cursor.epoch:  # the next epoch was set and none of its batches read
-            epoch, consumed = self.cursor.epoch, 0
         return {"epoch": epoch, "batch": consumed, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -158,14 +154,38 @@ class ResumableLoader(StatefulDataLoader[Any]):
         for name, ours in self._identity().items():
             if state_dict[name] != ours:
                 logger.warning("%s was %s and is %s: the resume is not exact", name, state_dict[name], ours)
-        self.cursor.set_epoch(state_dict["epoch"])
-        self._at = (self.cursor.epoch, state_dict["batch"])
-        self._resume_at = state_dict["batch"]
+        self._at = (state_dict["epoch"], state_dict["batch"])
 
     def _identity(self) -> dict[str, int]:
         """What an exact resume needs to be as it was."""
         global_batch_size = (self.batch_size or 1) * self.cursor.num_replicas
         return {"seed": self.cursor.seed, "size": self.cursor.size, "global_batch_size": global_batch_size}
+
+
+class ResumableDataModule(L.LightningDataModule):
+    """Keeps the place of the training loader in the checkpoint.
+
+    Lightning stores the state of loaders too, but does not load it where it counts an epoch as finished, and then
+    the order would start again at epoch 0.
+    """
+
+    _train_loader: ResumableLoader | None = None
+    _train_state: dict[str, Any] | None = None
+
+    def resumable(self, loader: ResumableLoader) -> ResumableLoader:
+        """The training loader, moved to the place of the checkpoint that is being resumed."""
+        if self._train_state is not None:
+            loader.load_state_dict(self._train_state)
+        self._train_loader, self._train_state = loader, None
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place of the training loader; the same on all ranks."""
+        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the place for the loader that is made next."""
+        self._train_state = state_dict.get("train_loader")
 
 
 def map_loader(
@@ -191,9 +211,7 @@ def map_loader(
             f"{len(indices)} training samples do not fill one batch of {batch_size} on {world_size} process(es): "
             f"lower batch_size"
         )
-    sampler = EpochSampler(
-        indices, shuffle=training, seed=seed, rank=rank, world_size=world_size, drop_last=training
-    )
+    sampler = EpochSampler(indices, shuffle=training, seed=seed, rank=rank, world_size=world_size, drop_last=training)
     return ResumableLoader(
         dataset,
         batch_size=batch_size,

@@ -56,6 +56,19 @@ def count_samples(tars: list[str]) -> int:
     return sum(_count(tar) for tar in tars)
 
 
+def cut_tars(tars: list[str]) -> list[str]:
+    """Local tars without the two empty blocks that end an archive: what follows the cut is gone without an error."""
+    return [tar for tar in tars if not _is_remote(tar) and not _has_end(Path(tar))]
+
+
+def _has_end(path: Path) -> bool:
+    if path.stat().st_size < 1024:
+        return False
+    with path.open("rb") as handle:
+        handle.seek(-1024, 2)
+        return not any(handle.read())
+
+
 def _is_remote(tar: str) -> bool:
     return "://" in tar or tar.startswith("pipe:")
 
@@ -109,8 +122,13 @@ class TarSamples(IterableDataset[dict[str, Tensor]]):
         self.size, self.seed, self.rank, self.num_replicas = num_samples, seed, rank, world_size
         self.shuffle_buffer, self.num_classes, self.on_error = shuffle_buffer, num_classes, on_error
         self.num_batches = num_samples // (batch_size * world_size) if training else None
-        self.epoch = 0
+        self.epoch, self.shuffle = 0, training
         self._num_skipped = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()  # by worker
+        self.cut = cut_tars(tars)
+        if self.cut and on_error == "raise":
+            raise ValueError(f"{self.cut[0]} is cut short: write it again, or set on_error to skip")
+        for tar in self.cut:
+            logger.warning("%s is cut short: reading what is there", tar)
         if self.num_batches == 0:
             raise ValueError(f"{num_samples} samples do not fill one batch of {batch_size} on {world_size} process(es)")
 
@@ -119,9 +137,9 @@ class TarSamples(IterableDataset[dict[str, Tensor]]):
         """Broken samples met so far by all workers of this process; the log names them."""
         return int(self._num_skipped.sum())
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass; evaluation stays at 0."""
-        self.epoch = epoch if self.training else 0
+    def seek(self, epoch: int) -> None:
+        """Choose the order of the next iterators."""
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         passes = 0

@@ -1,6 +1,6 @@
 """What a forward pass and a schedule cost, in closed form.
 
-Conventions of the paper (appendix B.5 and READING.md): one multiply-accumulate is two FLOPs; the theoretical operations
+Conventions of the paper (appendix C.1 and READING.md): one multiply-accumulate is two FLOPs; the theoretical operations
 of matrix products and attention in the denoising network, for one sample; no VAE, no text encoder, no element-wise
 work. Weights that depend on nothing but the patch size (the shared embedding projected to it, merged adapters) are
 computed once and not counted. A model or its config may be given; no torch is needed for a config.

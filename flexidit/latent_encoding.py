@@ -145,9 +145,7 @@ def encode_images(
 
 def _open_metadata(images: ImageIndex, codec: LatentCodec, out: Path, settings: EncodeSettings) -> Metadata:
     """Metadata of the folder if it is of the same work, else new."""
-    fingerprint = make_fingerprint(
-        codec.fingerprint, image_size=settings.image_size, crop=CROP, has_flip=settings.flip
-    )
+    fingerprint = make_fingerprint(codec.fingerprint, image_size=settings.image_size, crop=CROP, has_flip=settings.flip)
     fresh = Metadata(fingerprint, _source(images, settings), list(latent_size(codec, settings.image_size)))
     if not (out / METADATA_FILE).is_file():
         return fresh

@@ -98,7 +98,9 @@ class Metadata:
 
     def save(self, root: Path) -> None:
         """Write it to a folder, atomically."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        content = {"format": FORMAT, **asdict(self)}
+        content["shards"] = dict(sorted(content["shards"].items(), key=lambda item: int(item[0])))
+        text = json.dumps(content, indent=1)
         write_atomically(root / METADATA_FILE, text.encode())
 
     def entries(self) -> list[ShardEntry]:

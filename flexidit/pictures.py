@@ -60,7 +60,8 @@ def draw_grid(rows: Sequence[GridRow], title: str = "", columns: Sequence[str] =
     top = _MARGIN + (_LARGE + 16 if title else 0) + (_SMALL + 8 if columns else 0)
     right = left + max(map(len, tiles)) * (width + _GAP) - _GAP
     pitch = max(height, _LARGE + _SMALL + 8) + _GAP
-    picture = Image.new("RGB", (max(right, _text_width(title)) + _MARGIN, top + len(rows) * pitch - _GAP + _MARGIN), _PAPER)
+    size = (max(right, _text_width(title)) + _MARGIN, top + len(rows) * pitch - _GAP + _MARGIN)
+    picture = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(picture)
     if title:
         pen.text((_MARGIN, _MARGIN - 4), title, _INK, _font(_LARGE))
@@ -74,11 +75,17 @@ def draw_grid(rows: Sequence[GridRow], title: str = "", columns: Sequence[str] =
     return picture
 
 
-def save_grid(path: str | os.PathLike[str], rows: Sequence[GridRow], title: str = "", columns: Sequence[str] = ()) -> Path:
+def save_grid(
+    rows: Sequence[GridRow],
+    path: str | os.PathLike[str],
+    title: str = "",
+    columns: Sequence[str] = (),
+    min_side: int = 64,
+) -> Path:
     """Write :func:`draw_grid` as PNG, making the folder; returns the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(rows, title, columns).save(target)
+    draw_grid(rows, title, columns, min_side).save(target)
     return target
 
 
@@ -96,8 +103,8 @@ def _enlarge(pixels: Tensor, min_side: int) -> Image.Image:
     from PIL import Image
 
     image = to_image(pixels)
-    factor = -(-min_side // min(image.size))  # rounded up
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) if factor > 1 else image
+    factor = max(1, -(-min_side // min(image.size)))  # rounded up
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def _font(size: int) -> Any:

@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flexidit.metrics.curve_points import CurvePoint
@@ -71,11 +72,11 @@ def gap_figure(timesteps: Sequence[int], gap: Mapping[PatchSize, Any]) -> Figure
         gap: Values at these timesteps by weak patch size, a tensor or a sequence each.
     """
     figure, axes = _figure("Where weak predictions differ from powerful ones", "mean squared difference of predictions")
-    ends = []
+    ends: list[_End] = []
     for (size, values), colour in zip(gap.items(), (*_COLOURS.values(), *_OTHER_COLOURS), strict=False):
         heights = [float(value) for value in values]
         axes.plot(timesteps, heights, color=colour, linewidth=2, marker="o", markersize=4)
-        ends.append((timesteps[-1], heights[-1], f"patch {size.name}", colour))
+        ends.append((float(timesteps[-1]), heights[-1], f"patch {size.name}", colour))
     axes.set_xlabel("timestep (0: data, 999: noise)", color=_FAINT)
     axes.set_ylabel("gap", color=_FAINT)
     axes.set_ylim(bottom=0)
@@ -89,9 +90,9 @@ def _figure(title: str, caption: str) -> tuple[Figure, Any]:
 
     figure = Figure(figsize=(8, 5), facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.09, 0.13, 0.73, 0.68))
+    axes = figure.add_axes((0.09, 0.13, 0.73, 0.66))
     figure.text(0.035, 0.935, title, fontsize=14, fontweight="bold", color=_INK)
-    figure.text(0.035, 0.865, caption, fontsize=8.5, color=_FAINT, va="center", linespacing=1.4)
+    figure.text(0.035, 0.91, fill(caption, 125), fontsize=8.5, color=_FAINT, va="top", linespacing=1.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_RULE)
     axes.tick_params(colors=_FAINT, length=0)
@@ -110,11 +111,14 @@ def _draw_series(axes: Any, name: str, means: list[tuple[float, float, float, fl
 
 
 def _label_ends(axes: Any, ends: list[_End]) -> None:
-    """Write each line's name to the right of its end, in its colour, moved apart where names would overlap."""
-    low, high = axes.get_ylim()
+    """Write each line's name in its colour: in the margin, names moved apart, or above an end short of the margin."""
+    (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
     spacing = 0.055 * (high - low)
-    height = -spacing
-    for _, y, name, colour in sorted(ends, key=lambda end: end[1]):
+    height = low - spacing
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        if abs(right - x) > 0.1 * abs(right - left):
+            axes.annotate(name, (x, y), (4, 8), textcoords="offset points", color=colour, ha="right", fontsize=10)
+            continue
         height = max(y, height + spacing)
         place = {"xycoords": axes.get_yaxis_transform(), "annotation_clip": False, "va": "center", "fontsize": 10}
         axes.annotate(name, (1.02, height), color=colour, **place)
@@ -137,10 +141,10 @@ def _means(points: Iterable[CurvePoint]) -> list[tuple[float, float, float, floa
 
 def _caption(points: Sequence[CurvePoint]) -> str:
     """Who measured what: without it the numbers compare with nothing."""
-    first = points[0]
-    seeds = len({point.seed for point in points})
+    first, num_seeds = points[0], len({point.seed for point in points})
+    seeds = f"{num_seeds} seeds (band: their range)" if num_seeds > 1 else f"seed {first.seed}"
     return (
-        f"{first.evaluator}; reference: {first.reference}\n{first.num_samples:,} samples a point, "
-        f"{seeds} seed{'s' if seeds > 1 else ''}{' (band: their range)' if seeds > 1 else ''}; {first.solver}, "
-        f"{max(point.num_sampling_steps for point in points)} steps at 100 %; guidance {first.cfg_scale:g}; {first.codec}"
+        f"{first.evaluator}; reference: {first.reference}; {first.num_samples:,} samples a point, {seeds}; "
+        f"{first.solver}, {max(point.num_sampling_steps for point in points)} steps at 100 %; "
+        f"guidance {first.cfg_scale:g}; {first.codec}"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexidit.config import FlexConfig, Positions, Recipe
 from flexidit.layers import SizeNorm
@@ -61,6 +61,35 @@ def flexify(
     student.config = replace(student.config, flex=flex)
     student.reset_derived()
     return student
+
+
+@torch.no_grad()
+def plain_copy(student: DiT, patch_size: PatchSizeLike) -> DiT:
+    """A plain model that computes what the student computes at one patch size, for layouts that hold no more.
+
+    Recipe "shared": the projected weights. Recipe "lora": a weak size with its adapter merged, and at the base size
+    the target, bit for bit. The vector of the patch size goes into the embedding's bias.
+
+    Raises:
+        ValueError: a size that the student does not have, or a weak one with layer norms of its own.
+    """
+    size, flex = student.check_patch_size(patch_size), student.config.flex
+    if flex is not None and size != student.base_patch_size:
+        if flex.recipe == "lora":
+            from flexidit.lora import merged_copy
+
+            return merged_copy(student, size)
+        if flex.size_norms:
+            raise ValueError(
+                f"patch size {size.name} of this model has layer norms of its own, which a plain model has no place "
+                f"for; take the base size {student.base_patch_size.name}, or flexify with size_norms=False"
+            )
+    with torch.device("meta"):
+        plain = DiT(replace(student.config, patch_size=size, flex=None))
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in student.state_dict().items()}
+    state |= _both_ends(student, size)
+    plain.load_state_dict({name: state[name].clone() for name in plain.state_dict()}, assign=True)
+    return plain.requires_grad_(False).train(student.training)
 
 
 def added_parameters(student: DiT) -> tuple[int, float]:
@@ -127,6 +156,23 @@ def _attach_adapters(student: DiT, flex: FlexConfig) -> None:
         student.x_embedder.add_size(size)
         student.final_layer.linear.add_size(size)
         _add_size_vector(student, size)
+
+
+def _both_ends(student: DiT, size: PatchSize) -> dict[str, Tensor]:
+    """What a plain model of this size has at both ends of the token sequence, by its names in the state dict."""
+    weight, bias = student.x_embedder.weights(size)
+    assert bias is not None  # DiT's embedding has one
+    if size.name in student.size_embedder:
+        bias = bias + student.size_embedder[size.name]
+    own_weight, own_bias = student.final_layer.linear.weights(size)
+    is_base = size == student.base_patch_size
+    return {
+        "x_embedder.proj.weight": weight.squeeze(2),
+        "x_embedder.proj.bias": bias,
+        "final_layer.linear.weight": own_weight,
+        "final_layer.linear.bias": own_bias,
+        "pos_embed": student.pos_embed if is_base else getattr(student, f"pos_embed_{size.name}"),
+    }
 
 
 def _add_size_vector(student: DiT, size: PatchSize) -> None:

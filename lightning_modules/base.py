@@ -1,53 +1,29 @@
-"""What every training module shares: patch size and noise of a step, optimizer, validation, what a checkpoint says.
+"""What every training module shares: patch size and draws of a step, optimizer, validation, what a checkpoint says.
 
-Everything random in a step is a pure function of (seed, step, rank): equal work on all ranks without communication,
-and a resumed run continues with the draws it would have made.
+Shape legend: N samples of one process, C H W channels, height and width of what the model sees.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flexidit.config import config_to_dict
 from flexidit.diffusion.gaussian import GaussianDiffusion
 from flexidit.diffusion.losses import diffusion_loss
 from flexidit.models.dit import DiT
 from flexidit.patch_size import PatchSize
+from lightning_modules.draws import SampleDraws, draw_patch_size, places
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
-
-Stream = Literal["patch_size", "train", "validation", "matching", "time_pair"]
 
 GAP_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 """Where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
-
-
-def stream_seed(seed: int, step: int, rank: int, stream: Stream) -> int:
-    """A 63-bit seed that depends on all four, and on nothing else.
-
-    Example:
-        >>> stream_seed(0, 7, 0, "train") == stream_seed(0, 7, 0, "train")
-        True
-        >>> stream_seed(0, 7, 0, "train") == stream_seed(0, 7, 1, "train")
-        False
-    """
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}/{stream}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def draw_patch_size(sizes: Sequence[PatchSize], weights: Sequence[float], seed: int, step: int) -> PatchSize:
-    """The patch size of an optimizer step: the same on every rank, and after a resume."""
-    point = stream_seed(seed, step, 0, "patch_size") / 2**63 * sum(weights)
-    for size, weight in zip(sizes, weights, strict=True):
-        point -= weight
-        if point < 0:
-            return size
-    return [size for size, weight in zip(sizes, weights, strict=True) if weight > 0][-1]
 
 
 class DiffusionModule(LightningModule):
@@ -59,11 +35,12 @@ class DiffusionModule(LightningModule):
         target: the plain model to start from.
         flex: how it becomes flexible; null trains the plain model.
         optimizer: AdamW and its learning rate.
-        patch_size_weights: how often each patch size is drawn, relative to the others; null draws all equally often.
+        patch_size_weights: how often each patch size is drawn, relative to the others; null draws all that train
+            equally often.
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
-        seed: of patch sizes, timesteps, noise and label dropout.
+        seed: of fresh weights, patch sizes, timesteps, noise and label dropout.
     """
 
     def __init__(
@@ -87,17 +64,22 @@ class DiffusionModule(LightningModule):
         self.model: DiT
         self.step_flops = 0
         self._codec: list[Any] = []  # in a list: never a submodule of what is trained
+        self._num_validated = 0
         self._gap: dict[PatchSize, Tensor] = {}
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        self.model = self.build_model()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            self.model = self.build_model()
         self.model.gradient_checkpointing = self.gradient_checkpointing
         self._weights = self._checked_weights()
         if self.compile_blocks:
             for block in self.model.blocks:
-                block.compile(dynamic=False)
+                block.compile(dynamic=False)  # with None, the second patch size would get a slower symbolic graph
+        if self._trainer is not None:
+            self._distribute()
 
     def build_model(self) -> DiT:
         """The model to train, before it is moved to a device."""
@@ -109,36 +91,49 @@ class DiffusionModule(LightningModule):
         if not self._codec:
             from flexidit.latents import LatentCodec, PixelCodec
 
-            self._codec.append(PixelCodec() if self.vae is None else LatentCodec(self.vae, device=self.device))
+            pixels = PixelCodec(self.model.in_channels)
+            self._codec.append(pixels if self.vae is None else LatentCodec(self.vae, device=self.device))
         return self._codec[0]
 
     def patch_size_at(self, step: int) -> PatchSize:
-        """The patch size of an optimizer step."""
+        """The patch size of an optimizer step; all micro-batches of the step share it."""
         return draw_patch_size(self.model.patch_sizes, self._weights, self.seed, step)
+
+    def on_fit_start(self) -> None:
+        self._check_data(getattr(self.trainer, "datamodule", None))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         patch_size = self.patch_size_at(self.global_step)
-        # Micro-batches of one optimizer step share its patch size, but not their noise.
-        draws = self._generator("train", self.trainer.fit_loop.epoch_loop.total_batch_idx)
-        loss = self.diffusion_loss(batch, patch_size, draws)
-        self.step_flops = 3 * self._forward_flops(patch_size)
+        loss = self.diffusion_loss(batch, patch_size, self.train_draws(batch, batch_idx))
+        # Backward costs twice the forward; with frozen weights the half of it that is their gradient falls away.
+        self.step_flops = (2 if self._is_frozen else 3) * self._forward_flops(patch_size)
         self.log_dict({"train/loss": loss.detach(), f"train/loss_{patch_size.name}": loss.detach()})
         return loss
 
-    def diffusion_loss(self, batch: Mapping[str, Tensor], patch_size: PatchSize, generator: torch.Generator) -> Tensor:
+    def train_draws(self, batch: Mapping[str, Tensor], batch_idx: int) -> SampleDraws:
+        """The draws of a micro-batch of the present step."""
+        count = len(batch["y"])
+        first = batch_idx % self.trainer.accumulate_grad_batches * count
+        return self._draws("train", self.global_step, first, count)
+
+    def diffusion_loss(self, batch: Mapping[str, Tensor], patch_size: PatchSize, draws: SampleDraws) -> Tensor:
         """DiT's loss of a batch at drawn timesteps: scalar."""
         x_start, y = batch["x"], batch["y"]
-        t, noise = self._draw_noise(x_start, generator)
-        drop_ids = self._draw_dropout(y, generator)
+        t = draws.timesteps(self.diffusion.num_timesteps, x_start.device)
+        noise = draws.noise_like(x_start)
+        dropout = self.model.config.class_dropout_prob if self.training else 0.0
+        drop_ids = draws.dropped(dropout, y.device) if dropout > 0 else None
         x_t = self.diffusion.q_sample(x_start, t, noise)
         output = self.model(x_t, t, y, patch_size=patch_size, drop_ids=drop_ids)
         return diffusion_loss(self.diffusion, output, x_start, x_t, t, noise, self.model.learn_sigma).total.mean()
 
+    def on_validation_epoch_start(self) -> None:
+        self._num_validated = 0
+
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        draws = self._generator("validation", batch_idx)
-        start = draws.get_state()
-        for patch_size in self.model.patch_sizes:
-            draws.set_state(start)  # every size is judged on the same noise
+        draws = self._draws("validation", 0, self._num_validated, len(batch["y"]))
+        self._num_validated += len(batch["y"])
+        for patch_size in self.model.patch_sizes:  # every size is judged on the same draws
             loss = self.diffusion_loss(batch, patch_size, draws)
             self.log(f"val/loss_{patch_size.name}", loss, sync_dist=True, batch_size=len(batch["y"]))
         if batch_idx == 0 and len(self.model.patch_sizes) > 1:
@@ -146,8 +141,7 @@ class DiffusionModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for size, gap in self._gap.items():
-            values = dict(zip(GAP_TIMESTEPS, gap.unbind(), strict=True))
-            for t, value in values.items():
+            for t, value in zip(GAP_TIMESTEPS, gap.unbind(), strict=True):
                 self.log(f"val/gap_{size.name}@t{t:03d}", value, sync_dist=True)
         if self._gap and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self._draw_gap()
@@ -155,8 +149,12 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        max_steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = self.optimizer_settings.build(parameters, max_steps)
+        settings = self.optimizer_settings
+        # Without decay nobody needs to know how long the run is, and it may be endless.
+        max_steps = self.trainer.estimated_stepping_batches if settings.decay == "cosine" else 0
+        # A loss scaler (16-mixed) and clipping do not get along with the fused kernel, which unscales by itself.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer, schedule = settings.build(parameters, max_steps, fused=not scaled)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -166,46 +164,76 @@ class DiffusionModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning refuses to clip with a fused optimizer under bf16-mixed (Lightning #21435); torch does not mind.
-        if gradient_clip_val:
-            parameters = [p for p in self.parameters() if p.grad is not None]
-            norm = nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
-            self.log("train/grad_norm", norm)
+        if not gradient_clip_val:
+            return
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, float(gradient_clip_val))
+            return
+        norm = nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values only: LightningCLI reads checkpoints with weights_only=True.
         checkpoint["flexidit"] = {"config": config_to_dict(self.model.config)}
 
+    @property
+    def _is_frozen(self) -> bool:
+        """Whether only what a weak size adds is trained."""
+        flex = self.model.config.flex
+        return flex is not None and flex.recipe == "lora"
+
+    def _distribute(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            from lightning_modules.sharding import shard
+
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh)
+        elif isinstance(strategy, DDPStrategy):
+            # What belongs to other patch sizes gets no gradient in a step, and AdamW must skip it as it does in one
+            # process: a gradient of zero would let its momentum move it.
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
     def _checked_weights(self) -> list[float]:
+        """One weight per patch size of the model, base first."""
         sizes = self.model.patch_sizes
+        trained = [size for size in sizes if not (self._is_frozen and size == self.model.base_patch_size)]
         if self.patch_size_weights is None:
-            return [1.0] * len(sizes)
+            return [float(size in trained) for size in sizes]
         given = {PatchSize.parse(size): weight for size, weight in self.patch_size_weights.items()}
-        if set(given) - set(sizes) or min(given.values()) < 0 or sum(given.values()) <= 0:
+        used = {size for size, weight in given.items() if weight > 0}
+        if not used or used - set(trained) or set(given) - set(sizes) or min(given.values()) < 0:
             raise ValueError(
-                f"patch_size_weights are {self.patch_size_weights}; give a weight >= 0, not all 0, to "
-                f"{', '.join(size.name for size in sizes)}"
+                f"patch_size_weights are {self.patch_size_weights}; give numbers that are 0 or more, and not all 0, to "
+                f"the patch sizes that train: {', '.join(size.name for size in trained)}"
             )
         return [given.get(size, 0.0) for size in sizes]
 
-    def _generator(self, stream: Stream, step: int, *, per_rank: bool = True) -> torch.Generator:
-        rank = self.global_rank if per_rank else 0
-        return torch.Generator(self.device).manual_seed(stream_seed(self.seed, step, rank, stream))
+    def _check_data(self, datamodule: Any) -> None:
+        """Refuse data of another shape or with more classes before the first step does it in a worse way."""
+        model = self.model
+        shape, num_classes = getattr(datamodule, "sample_shape", None), getattr(datamodule, "num_classes", None)
+        expected = (model.in_channels, *model.input_size)
+        if shape is not None and tuple(shape) != expected:
+            raise ValueError(
+                f"the data have samples of shape {tuple(shape)}, the model takes {expected}: set in_channels and "
+                "input_size in target.overrides, or use other data"
+            )
+        if num_classes is not None and num_classes > model.num_classes:
+            raise ValueError(
+                f"the data have {num_classes} classes, the model {model.num_classes}: set num_classes in "
+                "target.overrides, or use other data"
+            )
 
-    def _draw_noise(self, x_start: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Timesteps (N,) and noise like ``x_start``."""
-        t = torch.randint(self.diffusion.num_timesteps, (len(x_start),), generator=generator, device=x_start.device)
-        noise = torch.randn(x_start.shape, generator=generator, device=x_start.device, dtype=x_start.dtype)
-        return t, noise
+    def _draws(self, stream: str, step: int, first: int, count: int) -> SampleDraws:
+        world_size = self.trainer.world_size
+        return SampleDraws(self.seed, stream, step, places(first, count, self.global_rank, world_size))
 
-    def _draw_dropout(self, y: Tensor, generator: torch.Generator) -> Tensor | None:
-        """(N,) bool; None where the model has no null label."""
-        prob = self.model.config.class_dropout_prob if self.training else 0.0
-        return torch.rand(y.shape, generator=generator, device=y.device) < prob if prob > 0 else None
-
-    def _measure_gap(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[PatchSize, Tensor]:
+    def _measure_gap(self, batch: Mapping[str, Tensor], draws: SampleDraws) -> dict[PatchSize, Tensor]:
         from flexidit.analysis.gap import weak_powerful_gap
 
-        noise = torch.randn(batch["x"].shape, generator=generator, device=batch["x"].device)
+        noise = draws.noise_like(batch["x"])
         return weak_powerful_gap(self.model, self.diffusion, batch["x"], batch["y"], noise, GAP_TIMESTEPS)
 
     def _draw_gap(self) -> None:
@@ -220,4 +248,4 @@ class DiffusionModule(LightningModule):
     def _forward_flops(self, patch_size: PatchSize) -> int:
         from flexidit.flops import forward_flops
 
-        return forward_flops(self.model, patch_size)
+        return forward_flops(self.model, patch_size, merged=False)

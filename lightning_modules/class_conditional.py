@@ -8,12 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flexidit.diffusion.gaussian import GaussianDiffusion
-from flexidit.diffusion.mmd import bootstrapped_mmd_loss, sample_time_pair
+from flexidit.diffusion.mmd import ChainPlan, Estimator, bootstrapped_mmd_loss, sample_time_pair
 from flexidit.models.dit import DiT
 from flexidit.patch_size import PatchSize
 from flexidit.recipes import added_parameters, flexify
-from lightning_modules.base import DiffusionModule, stream_seed
+from lightning_modules.base import DiffusionModule
+from lightning_modules.draws import keyed
 from lightning_modules.settings import FlexSettings, MatchingSettings, OptimizerSettings, TargetSettings
 
 
@@ -27,11 +27,12 @@ class ClassConditional(DiffusionModule):
         flex: weak patch sizes and recipe.
         matching: the distribution-matching loss.
         optimizer: AdamW and its learning rate.
-        patch_size_weights: how often each patch size is drawn, relative to the others; null draws all equally often.
+        patch_size_weights: how often each patch size is drawn, relative to the others; null draws all that train
+            equally often.
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
-        seed: of patch sizes, timesteps, noise and label dropout.
+        seed: of fresh weights, patch sizes, timesteps, noise and label dropout.
 
     Example:
         flexidit fit -c configs/imagenet/class_conditional_xl2.yaml
@@ -60,73 +61,115 @@ class ClassConditional(DiffusionModule):
             seed=seed,
         )
         self.matching = matching or MatchingSettings()
-        self.chain_diffusion = GaussianDiffusion().respaced(self.matching.num_timesteps)
+        self.chain_diffusion = self.diffusion.respaced(self.matching.num_timesteps)
+        self.plan: ChainPlan
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.matching.weight > 0:
+            self.plan = self._checked_plan()
 
     def build_model(self) -> DiT:
-        target = cast(DiT, self.target_settings.build())
+        target, flex = cast(DiT, self.target_settings.build()), self.flex_settings
+        assert flex is not None
         if target.config.flex is not None:  # a flexible checkpoint: further fine-tuning
-            return target
-        assert self.flex_settings is not None
-        student = flexify(target, **vars(self.flex_settings), keep_target=False)
+            return _checked_student(target, flex)
+        student = flexify(target, **vars(flex), keep_target=False)
         count, share = added_parameters(student)
-        self.print_once(f"flexify ({self.flex_settings.recipe}): {count:,} new parameters, {share:.4%} of the target's")
+        self._print_once(f"flexify ({flex.recipe}): {count:,} new parameters, {share:.4%} of the target's")
         return student
-
-    def print_once(self, text: str) -> None:
-        """Print on rank 0 only, without disturbing a progress bar."""
-        if self._trainer is None or self.trainer.is_global_zero:
-            print(text)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         if not self._matches_now():
             return loss
-        plan = self.matching.plan(self.model.patch_sizes)
-        mmd = self.matching_loss(batch)
+        mmd = self.matching_loss(batch, batch_idx)
         self.log("train/mmd", mmd.detach())
-        forwards = {size: num_steps for size, num_steps in plan.stages}
-        chain = sum(self._forward_flops(size) * num_steps for size, num_steps in forwards.items())
-        # Half of the batch goes through the chain; backward through its last steps costs twice their forward.
-        self.step_flops += (chain + 2 * self._backward_flops()) // 2
+        self.step_flops += self._chain_flops()
         return loss + self.matching.weight * mmd
 
-    def matching_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def matching_loss(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Squared MMD between the batch's first half, noised, and its second half, noised further and denoised."""
-        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        plan = self.matching.plan(self.model.patch_sizes)
-        pair_seed = stream_seed(self.seed, step, 0, "time_pair")  # no rank: chains must be equally long everywhere
+        settings, diffusion = self.matching, self.chain_diffusion
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        key = (self.seed, "matching", self.global_step, micro_batch)
         times = sample_time_pair(
-            self.chain_diffusion.num_timesteps,
-            len(plan),
-            generator=torch.Generator().manual_seed(pair_seed),
-            location=self.matching.location,
-            scale=self.matching.scale,
+            diffusion.num_timesteps,
+            len(self.plan),
+            generator=torch.Generator().manual_seed(keyed(*key)),  # no rank: chains are equally long everywhere
+            location=settings.location,
+            scale=settings.scale,
         )
-        half = len(batch["x"]) // 2
+        half = _half(batch, settings.estimator)
         return bootstrapped_mmd_loss(
             self._denoise,
-            self.chain_diffusion,
+            diffusion,
             batch["x"][:half],
             batch["x"][half : 2 * half],
             batch["y"][half : 2 * half],
-            plan=plan,
+            plan=self.plan,
             times=times,
-            generator=self._generator("matching", step),
-            backprop_steps=self.matching.backprop_steps,
-            estimator=self.matching.estimator,
+            generator=torch.Generator(self.device).manual_seed(keyed(*key, self.global_rank)),
+            backprop_steps=self._num_backprop_steps,
+            estimator=settings.estimator,
         )
+
+    @property
+    def _num_backprop_steps(self) -> int:
+        """How many of the chain's last steps carry gradients."""
+        if self.matching.backprop_steps is not None:
+            return self.matching.backprop_steps
+        # Where the powerful size is frozen, gradients must reach the weak steps before it.
+        return len(self.plan) if self._is_frozen else self.plan.num_powerful_steps
 
     def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor, patch_size: PatchSize) -> Tensor:
         kept = torch.zeros_like(y, dtype=torch.bool)  # the chain imitates inference: no label is dropped
         return self.model(x_t, t, y, patch_size=patch_size, drop_ids=kept)
 
     def _matches_now(self) -> bool:
-        settings = self.matching
-        step = self.global_step
+        settings, step = self.matching, self.global_step
         return settings.weight > 0 and step >= settings.start_step and step % settings.every_n_steps == 0
 
-    def _backward_flops(self) -> int:
-        """Forward FLOPs of the chain's steps that carry gradients."""
+    def _chain_flops(self) -> int:
+        """Of one sample of the batch, half of which goes through the chain."""
+        costs = [self._forward_flops(size) for size in self.plan]
+        backward = (1 if self._is_frozen else 2) * sum(costs[-self._num_backprop_steps :])
+        return (sum(costs) + backward) // 2
+
+    def _checked_plan(self) -> ChainPlan:
         plan = self.matching.plan(self.model.patch_sizes)
-        count = self.matching.backprop_steps or plan.num_powerful_steps
-        return sum(self._forward_flops(size) for size in list(plan)[-count:])
+        for size in plan:
+            self.model.check_patch_size(size)
+        steps = self.matching.backprop_steps
+        if steps is not None and not 1 <= steps <= len(plan):
+            raise ValueError(f"matching.backprop_steps is 1 to {len(plan)}, the length of the chain, got {steps}")
+        return plan
+
+    def _print_once(self, text: str) -> None:
+        if self._trainer is None or self.trainer.is_global_zero:
+            print(text)
+
+
+def _checked_student(student: DiT, flex: FlexSettings) -> DiT:
+    """A flexible checkpoint, if it has what the config asks for: it cannot be flexified again."""
+    found = student.config.flex
+    assert found is not None
+    wanted = {PatchSize.parse(size) for size in flex.patch_sizes}
+    if set(found.weak_patch_sizes) != wanted or found.recipe != flex.recipe:
+        sizes = ", ".join(size.name for size in found.weak_patch_sizes)
+        raise ValueError(
+            f"target.checkpoint is flexible already (recipe {found.recipe!r}, patch sizes {sizes}), and the config asks "
+            f"for recipe {flex.recipe!r} and {', '.join(sorted(size.name for size in wanted))}: make both agree"
+        )
+    return student
+
+
+def _half(batch: Mapping[str, Tensor], estimator: Estimator) -> int:
+    """Samples at each end of the chain."""
+    half = len(batch["y"]) // 2
+    if half < (2 if estimator == "unbiased" else 1):
+        raise ValueError(
+            f"the {estimator} matching loss splits the batch in two and needs {4 if estimator == 'unbiased' else 2} "
+            f"samples a process or more, got {len(batch['y'])}: raise data.batch_size"
+        )
+    return half

@@ -20,9 +20,9 @@ class Pretraining(DiffusionModule):
     """
 
     def build_model(self) -> DiT:
-        model = cast(DiT, self.target_settings.build())
-        if self.flex_settings is None:
-            return model.requires_grad_(True) if model.config.flex is None else model
-        if self.flex_settings.recipe == "lora":
+        model, flex = cast(DiT, self.target_settings.build()), self.flex_settings
+        if flex is None:
+            return model
+        if flex.recipe == "lora":
             raise ValueError("pre-training with recipe 'lora' would train adapters of random weights; use 'shared'")
-        return flexify(model, **vars(self.flex_settings), keep_target=False)
+        return flexify(model, **vars(flex), keep_target=False)

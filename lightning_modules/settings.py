@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -87,20 +87,28 @@ class OptimizerSettings:
     decay: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a cosine to zero at the last step."""
 
-    def build(self, parameters: Iterable[nn.Parameter], max_steps: int) -> tuple[Optimizer, LambdaLR]:
-        """Optimizer and a learning-rate schedule that steps once per optimizer step."""
+    def build(
+        self, parameters: Iterable[nn.Parameter], max_steps: float, fused: bool = True
+    ) -> tuple[Optimizer, LambdaLR]:
+        """Optimizer and a learning-rate schedule that steps once per optimizer step.
+
+        Args:
+            parameters: what to train.
+            max_steps: length of the run, for the cosine.
+            fused: use the fused kernel where the parameters are on a GPU.
+        """
         parameters = list(parameters)
-        fused = all(p.is_cuda for p in parameters)
+        fused = fused and all(p.is_cuda for p in parameters)
         optimizer = AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, fused=fused)
         return optimizer, LambdaLR(optimizer, self.factor(max_steps))
 
-    def factor(self, max_steps: int) -> Callable[[int], float]:
+    def factor(self, max_steps: float) -> Callable[[int], float]:
         """Factor on ``lr`` at a step.
 
         Raises:
             ValueError: a cosine over an unknown number of steps.
         """
-        if self.decay == "cosine" and max_steps <= 0:
+        if self.decay == "cosine" and not 0 < max_steps < math.inf:
             raise ValueError("optimizer.decay is 'cosine', which needs trainer.max_steps or trainer.max_epochs")
 
         def factor(step: int) -> float:
@@ -108,7 +116,7 @@ class OptimizerSettings:
             if self.decay == "constant":
                 return warm
             progress = min(1.0, step / max_steps)
-            return warm * 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * progress))))
+            return warm * 0.5 * (1.0 + math.cos(math.pi * progress))
 
         return factor
 
@@ -128,7 +136,7 @@ class MatchingSettings:
     num_timesteps: int = 250
     """Steps of the sampler whose errors are to be corrected (250 in the paper)."""
     backprop_steps: int | None = None
-    """How many of the last steps carry gradients; null: those of the most powerful size."""
+    """How many of the last steps carry gradients; null: those of the most powerful size (lora recipe: all)."""
     location: float = -1.0
     """Mean of logit(t1 / T): negative prefers times near the data, where the mismatch is larger."""
     scale: float = 1.0

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 _DESCRIPTION = """Train, validate, test or predict from configs, later ones overriding earlier ones.
 
@@ -14,18 +21,66 @@ example:
   flexidit fit -c configs/imagenet/class_conditional_xl2.yaml --ckpt_path last      # continue where it was
 """
 
+_KEYWORDS = ("last", "best", "hpc")
+"""Checkpoints that Lightning finds by itself."""
+
+# Of no use to who reads them: this command hands its own arguments on; torchdata and Lightning call old functions.
+_NOISE = (".*LightningCLI's args parameter.*", ".*set_vital.*", ".*isinstance.treespec.*", ".*does not have many workers.*")
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in one sentence instead of printing all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ValueError(_sentence(message)) from ex
+
+
+class _CLI(LightningCLI):
+    def before_instantiate_classes(self) -> None:
+        # Lightning would notice only after the model has been built.
+        path = self._get(self.config, "ckpt_path")
+        if path and path not in _KEYWORDS and not Path(path).exists() and "://" not in path:
+            raise FileNotFoundError(f"there is no checkpoint at {path}; 'last' continues the run of this config")
+
 
 def run(args: Sequence[str]) -> int:
-    """Run one of Lightning's subcommands; ``args`` starts with its name."""
-    LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "flexidit", "description": _DESCRIPTION},
-        args=list(args),
-    )
+    """Run one of Lightning's subcommands; ``args`` starts with its name.
+
+    Raises:
+        ValueError, OSError: in one sentence, on options, configs or checkpoints that cannot be used.
+    """
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+    try:
+        _CLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=_Parser,
+            parser_kwargs={"prog": "flexidit", "description": _DESCRIPTION},
+            args=list(args),
+        )
+    except MisconfigurationException as error:
+        raise ValueError(_sentence(str(error))) from error
+    except pickle.UnpicklingError as error:
+        raise ValueError("the checkpoint holds objects that only running its code could rebuild: refused") from error
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+        raise ValueError(f"the checkpoint is of another model: {_first_line(str(error))}") from error
     return 0
+
+
+def _sentence(message: str) -> str:
+    """The part of a parser's message that says what is wrong: its innermost complaint, in one line."""
+    causes = re.findall(r"(?:Problem with given class_path|Import path)[^\n]*\n?[^\n]*", message)
+    text = causes[-1] if causes else message.split("Given value type")[0]
+    return " ".join(text.replace(" - ", " ").split()) + f" (flexidit {sys.argv[1] if len(sys.argv) > 1 else 'fit'} --help)"
+
+
+def _first_line(message: str) -> str:
+    return message.strip().splitlines()[1].strip()

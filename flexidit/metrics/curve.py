@@ -25,7 +25,7 @@ from flexidit import flops
 from flexidit.metrics.curve_points import CurvePoint, find_point
 from flexidit.metrics.features import FeatureExtractor
 from flexidit.metrics.frechet import FeatureStatistics, Gaussian
-from flexidit.patch_size import PatchSizeLike
+from flexidit.patch_size import PatchSize, PatchSizeLike
 from flexidit.sampling.sampler import Sampler
 from flexidit.sampling.schedule import PatchSchedule
 
@@ -121,7 +121,7 @@ def candidates(
     Raises:
         ValueError: a budget that the patch sizes do not reach, or an unknown series.
     """
-    base = next(iter(flops.forward_costs(model)))
+    base = base_patch_size(model)
 
     def schedule(budget: float) -> PatchSchedule:
         if series == "fewer steps" or budget == 1.0:
@@ -207,6 +207,22 @@ def make_sampler(model: Any, schedule: PatchSchedule, settings: SamplingSettings
     )
 
 
+def cost_per_image(model: Any, schedule: PatchSchedule, settings: SamplingSettings) -> int:
+    """FLOPs of one sample, the guiding calls included where any are made."""
+    guided = make_sampler(model, schedule, settings).is_guided
+    return flops.schedule_cost(model, schedule, guided=guided, merged=settings.merged).total
+
+
+def full_cost_per_image(model: Any, num_steps: int, settings: SamplingSettings) -> int:
+    """FLOPs of one sample at the base patch size throughout: what 100 % stands for."""
+    return cost_per_image(model, PatchSchedule.constant(base_patch_size(model), num_steps), settings)
+
+
+def base_patch_size(model: Any) -> PatchSize:
+    """The pre-trained, most powerful size of a model or a config."""
+    return next(iter(flops.forward_costs(model)))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """All that the points of one curve have in common.
@@ -255,26 +271,21 @@ class Evaluation:
             if len(batch.labels):
                 statistics.update(self.features(batch.pixels))
                 hits += self._hits(batch)
-        hits, seconds, num_sampled = _sum_over_ranks(hits, seconds, num_sampled)
-        cost = self._cost_per_image(candidate.schedule)
-        full = PatchSchedule.constant(next(iter(flops.forward_costs(self.model))), self.full_steps)
+        all_hits, all_seconds, all_sampled = _sum_over_ranks(hits, seconds, num_sampled)
+        cost = cost_per_image(self.model, candidate.schedule, self.settings)
         return CurvePoint(
             **self._record(candidate),
-            relative_flops=cost / self._cost_per_image(full),
+            relative_flops=cost / full_cost_per_image(self.model, self.full_steps, self.settings),
             flops_per_image=cost,
             frechet=_distance(statistics.gathered(), self.reference.statistics),
-            accuracy=None if self.classifier is None else hits / self.settings.num_samples,
-            seconds_per_image=seconds / num_sampled,
+            accuracy=None if self.classifier is None else all_hits / self.settings.num_samples,
+            seconds_per_image=all_seconds / all_sampled,
         )
 
     def _hits(self, batch: SampledBatch) -> int:
         if self.classifier is None:
             return 0
         return int((self.classifier(batch.pixels).argmax(dim=1) == batch.labels).sum())
-
-    def _cost_per_image(self, schedule: PatchSchedule) -> int:
-        guided = make_sampler(self.model, schedule, self.settings).is_guided
-        return flops.schedule_cost(self.model, schedule, guided=guided, merged=self.settings.merged).total
 
     def _record(self, candidate: Candidate) -> dict[str, Any]:
         """What identifies a measurement, apart from its results."""

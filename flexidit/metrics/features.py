@@ -104,9 +104,9 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         state = _download_inception() if weights is None else _load_pth(weights, "Inception")
-        self.network = _build_inception()
+        self.network: Any = _build_inception()
         _load_strict(self.network, state, weights or INCEPTION_URL)
-        self.fc = self.network.fc
+        self.fc: Any = self.network.fc
         self.network.fc = nn.Identity()  # the network's own forward then ends at the pool
         self.fingerprint = f"inception-v3-fid/clean-299/{_digest(state)}"
         _freeze(self)

@@ -23,7 +23,7 @@ from flexidit.sampling.schedule import ScheduleStep
 Branch: TypeAlias = Literal["cond", "weak", "cond+uncond"]
 
 SCALE_RATIO = 2.5
-"""(1 - cfg_scale) / (1 - weak_guidance_scale), which the paper found best (appendix B.2, "More results on CFG")."""
+"""(1 - cfg_scale) / (1 - weak_guidance_scale), which the paper found best (appendix B.4, "More results on CFG")."""
 
 
 class Forward(Protocol):

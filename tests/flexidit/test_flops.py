@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flexidit import PatchSchedule, PatchSize, Sampler, create_model, flexify
 from flexidit.config import DiTConfig, FlexConfig
 from flexidit.flops import forward_costs, forward_flops, schedule_cost, schedule_for_budget, trace_cost
-from flexidit.variants import known_variants, variant_config
+from flexidit.variants import known_variants
 
 XL = DiTConfig()
 WEAK, POWERFUL = PatchSize.parse(4), PatchSize.parse(2)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flexidit.diffusion.gaussian import GaussianDiffusion
 from flexidit import flexify
+from flexidit.diffusion.gaussian import GaussianDiffusion
 from flexidit.patch_size import PatchSize
 from flexidit.sampling.sampler import Call, Sampler
 from flexidit.sampling.schedule import PatchSchedule

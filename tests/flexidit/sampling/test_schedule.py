@@ -27,7 +27,7 @@ def test_steps_are_counted_from_either_side():
 
 
 def test_weak_last_is_weak_first_reversed():
-    counts = dict(num_steps=9, powerful_steps=4, guide_powerful_steps=2)
+    counts = {"num_steps": 9, "powerful_steps": 4, "guide_powerful_steps": 2}
     first, last = PatchSchedule.weak_first(**counts, **SIZES), PatchSchedule.weak_last(**counts, **SIZES)
     assert list(last) == list(first)[::-1]
 

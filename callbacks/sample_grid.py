@@ -1,0 +1,120 @@
+"""Samples as training sees them: the same noise every time, one row per budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
+from flexidit.metrics.curve import SamplingSettings, candidates, cost_per_image, full_cost_per_image, make_sampler
+from flexidit.pictures import GridRow, draw_grid
+
+
+class SampleGrid(Callback):
+    """Writes ``samples/step_00001000.png`` into the run's folder, and the same picture to TensorBoard.
+
+    Samples are drawn with the EMA weights (put ``EMA`` before this callback), from noise that depends on ``seed``
+    alone: from row to row only the budget changes, from picture to picture only the weights. Every rank samples, as a
+    sharded model needs; rank 0 writes.
+
+    Args:
+        budgets: FLOPs of each row relative to the base patch size at every step; 1.0 is that itself.
+        every_n_steps: Draw after every so many optimizer steps; null: not.
+        every_n_epochs: Draw after every so many epochs; null: not. A last picture is drawn at the end in any case.
+        classes: Labels of the columns; null: ``num_columns`` labels spread evenly over all classes.
+        num_columns: Number of columns if ``classes`` is null.
+        num_per_class: Samples of each of these labels.
+        solver: See ``flexidit.Sampler``.
+        num_sampling_steps: Denoising steps of every row.
+        cfg_scale: Guidance; 1: none.
+        guidance_channels: Guide only the first so many latent channels; null: all.
+        weak_patch_size: Patch size of the cheap steps; null: the largest of the model.
+        seed: Of the noise.
+    """
+
+    def __init__(
+        self,
+        budgets: Sequence[float] = (1.0, 0.6),
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = 1,
+        classes: Sequence[int] | None = None,
+        num_columns: int = 8,
+        num_per_class: int = 1,
+        solver: str = "ddpm",
+        num_sampling_steps: int = 50,
+        cfg_scale: float = 1.5,
+        guidance_channels: int | None = None,
+        weak_patch_size: int | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not budgets:
+            raise ValueError("a grid has one row per budget: give at least one, such as 1.0")
+        if any(n is not None and n < 1 for n in (every_n_steps, every_n_epochs)):
+            raise ValueError(f"intervals are at least 1, got every_n_steps={every_n_steps}, {every_n_epochs=}")
+        self.budgets = tuple(budgets)
+        self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
+        self.classes, self.num_columns, self.num_per_class = classes, num_columns, num_per_class
+        self.num_sampling_steps = num_sampling_steps
+        self.weak_patch_size = weak_patch_size
+        self.settings = SamplingSettings(
+            solver=solver, cfg_scale=cfg_scale, guidance_channels=guidance_channels, seed=seed
+        )
+        self._drawn_at = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step  # still 0 while the first step accumulates its batches
+        if self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.draw(trainer, pl_module)
+
+    def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample and write, once a step: accumulated batches and the end of an epoch share theirs."""
+        step = trainer.global_step
+        if step == self._drawn_at:
+            return
+        self._drawn_at = step
+        rows = self.sample_rows(trainer, pl_module)
+        folder = log_directory(trainer) / "samples"
+        if trainer.is_global_zero:
+            how = f"{self.settings.solver}, {self.num_sampling_steps} steps, guidance {self.settings.cfg_scale:g}"
+            columns = [str(label) for label in self._labels(model_of(pl_module).num_classes)]
+            picture = draw_grid(rows, f"step {step}: {how}, seed {self.settings.seed}", columns)
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"step_{step:08d}.png")
+            for board in tensorboards(trainer):
+                board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+
+    def sample_rows(self, trainer: Trainer, pl_module: LightningModule) -> list[GridRow]:
+        """One row of samples per budget. Every rank must call it."""
+        model, settings = model_of(pl_module), replace(self.settings, autocast=autocast_dtype(trainer))
+        full_cost = full_cost_per_image(model, self.num_sampling_steps, settings)
+        y = torch.tensor(self._labels(model.num_classes))
+        rows = []
+        with sampling(trainer, pl_module):
+            for candidate in candidates(model, self.budgets, self.num_sampling_steps, weak=self.weak_patch_size):
+                sampler = make_sampler(model, candidate.schedule, settings)
+                latents = sampler(y, generator=torch.Generator().manual_seed(settings.seed))
+                cost = cost_per_image(model, candidate.schedule, settings) / full_cost
+                pixels = codec_of(pl_module).decode(latents).cpu()
+                rows.append(GridRow(pixels, f"budget {candidate.budget:g}", f"{cost:.1%} of the FLOPs"))
+        return rows
+
+    def _labels(self, num_classes: int) -> list[int]:
+        classes = self.classes
+        if classes is None:
+            count = min(self.num_columns, num_classes)
+            classes = [index * num_classes // count for index in range(count)]
+        return [label for label in classes for _ in range(self.num_per_class)]

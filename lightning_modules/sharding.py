@@ -1,0 +1,37 @@
+"""FSDP2: which parts of a model are gathered together, and over which devices they are sharded."""
+
+from __future__ import annotations
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from flexidit.models.dit import DiT
+
+
+def shard(model: DiT, mesh: DeviceMesh) -> None:
+    """Shard parameters, gradients and optimizer state, in place: one group a block, one for the rest.
+
+    Comes last: activation checkpointing and the blocks' compilation must be in place. No mixed-precision policy: with
+    ``precision: bf16-mixed`` autocast decides what is computed in bfloat16, exactly as it does without sharding.
+
+    Args:
+        model: on any device; its tensors move to the mesh's.
+        mesh: axes ("data_parallel", "tensor_parallel") of Lightning's ``ModelParallelStrategy``.
+    """
+    mesh = sharding_mesh(mesh)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes that ``fully_shard`` gets: one to shard over, or (replicate over, shard over).
+
+    No tensor is computed in parts, so the strategy's second axis is free. With the sizes "auto" the axes are (nodes,
+    devices of a node): weights are sharded inside each node, where links are fast, and replicated over nodes. With
+    ``tensor_parallel_size: 1`` they are sharded over all devices of all nodes.
+    """
+    nodes, devices = mesh["data_parallel"], mesh["tensor_parallel"]
+    if devices.size() == 1:
+        return nodes
+    return devices if nodes.size() == 1 else mesh

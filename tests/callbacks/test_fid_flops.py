@@ -1,0 +1,198 @@
+"""Logged, plotted and written when due; equal on one rank and on two; monitored like any metric."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from callbacks.ema import EMA
+from callbacks.fid_flops import FIDFlops, scalars
+from flexidit import create_model, flexify
+from flexidit.latents import PixelCodec
+from flexidit.metrics.curve_points import CurvePoint, read_csv
+from flexidit.metrics.frechet import FeatureStatistics
+
+
+class Projection(nn.Module):
+    """A fixed random projection to four features."""
+
+    name = "random projection"
+    fingerprint = "projection/0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.flatten(1) @ self.get_buffer("matrix")
+
+
+class Data(LightningDataModule):
+    def batches(self, count: int) -> DataLoader[Any]:
+        x = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        return DataLoader([{"x": image, "y": torch.tensor(0)} for image in x], batch_size=4)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.batches(8)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.batches(12)
+
+
+class Toy(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        target = create_model(
+            "DiT-S/2", num_classes=3, input_size=4, depth=1, hidden_size=16, num_heads=2, in_channels=1
+        )
+        self.model = flexify(target, patch_sizes=[4])
+        for parameter in self.model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        self.codec = PixelCodec(1)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(batch["x"], torch.zeros(4), batch["y"], patch_size=4).square().mean()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+
+def make_trainer(root: Path, *callbacks: Any, **kwargs: Any) -> Trainer:
+    return Trainer(default_root_dir=root, accelerator="cpu", callbacks=list(callbacks), enable_progress_bar=False,
+                   enable_model_summary=False, num_sanity_val_steps=1,
+                   **{"logger": False, "enable_checkpointing": False, "devices": 1} | kwargs)  # fmt: skip
+
+
+def curve(**kwargs: Any) -> FIDFlops:
+    arguments = {"budgets": (1.0, 0.64), "num_samples": 7, "num_sampling_steps": 2, "batch_size": 4}
+    return FIDFlops(Projection(), **arguments | kwargs)
+
+
+def points_in(root: Path) -> list[CurvePoint]:
+    return read_csv(next(root.rglob("fid_flops.csv")))
+
+
+def test_measured_after_validations_and_at_the_end(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EMA(), curve(every_n_validations=2), max_epochs=3)
+    trainer.fit(Toy(), datamodule=Data())
+    points = points_in(tmp_path)
+    assert [(p.model, p.budget) for p in points] == [
+        ("step 4", 1.0), ("step 4", 0.64), ("step 6", 1.0), ("step 6", 0.64),
+    ]  # fmt: skip
+    assert points[0].reference == "Data val (12 samples)"
+    assert trainer.callback_metrics["val/fid@0.64"] == pytest.approx(points[-1].frechet)
+    assert trainer.callback_metrics["flops/relative@1"] == 1.0
+
+
+def test_measured_once_where_the_last_validation_is_the_end(tmp_path: Path) -> None:
+    callback = curve(every_n_validations=1)
+    make_trainer(tmp_path, callback, max_epochs=2).fit(Toy(), datamodule=Data())
+    assert [p.model for p in points_in(tmp_path)] == ["step 2"] * 2 + ["step 4"] * 2
+
+
+def test_a_checkpoint_can_be_chosen_by_it(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "best", monitor="val/fid@0.64", save_top_k=1)
+    trainer = make_trainer(tmp_path, curve(every_n_validations=1), saver, max_epochs=2, enable_checkpointing=True)
+    trainer.fit(Toy(), datamodule=Data())
+    assert saver.best_model_score == pytest.approx(min(p.frechet for p in points_in(tmp_path) if p.budget == 0.64))
+
+
+def test_tensorboard_gets_figure_and_scalars(tmp_path: Path) -> None:
+    make_trainer(tmp_path, curve(), max_epochs=1, logger=TensorBoardLogger(tmp_path)).fit(Toy(), datamodule=Data())
+    events = EventAccumulator(str(next(tmp_path.rglob("events*")).parent)).Reload()
+    assert events.Images("val/fid_flops")
+    points = points_in(tmp_path)
+    for point in points:
+        assert events.Scalars(f"val/fid@{point.budget:g}")[0].value == pytest.approx(point.frechet)
+        assert events.Scalars(f"flops/relative@{point.budget:g}")[0].value == pytest.approx(point.relative_flops)
+
+
+def test_validate_measures_too(tmp_path: Path) -> None:
+    (results,) = make_trainer(tmp_path, curve()).validate(Toy(), datamodule=Data(), verbose=False)
+    points = points_in(tmp_path)
+    assert results == pytest.approx(scalars(points))
+    assert points[0].model == "initial weights"
+
+
+def test_a_reference_file_and_a_limit(tmp_path: Path) -> None:
+    statistics = FeatureStatistics()
+    for batch in Data().val_dataloader():
+        statistics.update(Projection()(batch["x"]))
+    statistics.gaussian().save(tmp_path / "real.npz")
+    distances = {}
+    for reference in ("val", str(tmp_path / "real.npz"), "train"):
+        callback, module = curve(reference=reference), Toy()
+        trainer = make_trainer(tmp_path, callback)
+        trainer.validate(module, datamodule=Data(), verbose=False)
+        distances[reference] = trainer.callback_metrics["val/fid@1"].item()
+    assert distances["val"] == pytest.approx(distances[str(tmp_path / "real.npz")])
+    assert distances["val"] != distances["train"]
+    make_trainer(tmp_path, limited := curve(reference_samples=6)).validate(Toy(), datamodule=Data(), verbose=False)
+    assert limited._loaded_reference is not None and limited._loaded_reference.statistics.count == 6
+
+
+def test_the_runs_data_need_a_datamodule(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs a datamodule; give the path"):
+        make_trainer(tmp_path, curve()).validate(Toy(), Data().val_dataloader(), verbose=False)
+
+
+def test_training_does_not_notice(tmp_path: Path) -> None:
+    modules = [Toy(), Toy()]
+    for module, callback in zip(modules, (curve(every_n_validations=1), EMA()), strict=True):
+        torch.manual_seed(0)
+        make_trainer(tmp_path, callback, max_epochs=2).fit(module, datamodule=Data())
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in modules), strict=True))
+
+
+def test_a_config_can_hold_it() -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(FIDFlops, "curve")
+    features = {"class_path": "flexidit.metrics.digit_classifier.DigitClassifier", "init_args": {"width": 8}}
+    parsed = parser.parse_object({"curve": {"features": features, "budgets": [1.0, 0.46]}})
+    callback = parser.instantiate_classes(parsed).curve
+    assert callback.budgets == (1.0, 0.46) and type(callback.features).__name__ == "DigitClassifier"
+
+
+@pytest.mark.parametrize("kwargs", [{"budgets": ()}, {"num_samples": 1}, {"every_n_validations": 0}])
+def test_bad_arguments_are_refused(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"or more|at least 1"):
+        curve(**kwargs)
+
+
+def test_a_module_that_is_no_extractor_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear is no feature extractor"):
+        FIDFlops(nn.Linear(2, 2))
+
+
+def validate_on_rank(rank: int, root: str, reference: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=2)
+    trainer = make_trainer(Path(root) / str(rank), callback := curve(reference=reference))
+    trainer.validate(Toy(), datamodule=Data(), verbose=False)
+    assert trainer.callback_metrics["val/fid@1"] > 0 and callback is not None
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_give_the_points_of_one(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "alone", curve()).validate(Toy(), datamodule=Data(), verbose=False)
+    alone = points_in(tmp_path / "alone")
+    statistics = FeatureStatistics()
+    for batch in Data().val_dataloader():
+        statistics.update(Projection()(batch["x"]))
+    statistics.gaussian().save(tmp_path / "real.npz")
+    mp.spawn(validate_on_rank, args=(str(tmp_path), str(tmp_path / "real.npz")), nprocs=2)
+    for rank in range(2):
+        points = points_in(tmp_path / str(rank))
+        assert [p.frechet for p in points] == pytest.approx([p.frechet for p in alone], rel=1e-5)

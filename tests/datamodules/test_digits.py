@@ -1,0 +1,68 @@
+import time
+
+import pytest
+import torch
+
+from datamodules.digits import DigitsDataModule, load_digit_images, stratified_split
+
+
+def test_the_digits_are_real_and_in_range():
+    x, y = load_digit_images()
+    assert (tuple(x.shape), x.dtype, y.dtype) == ((1797, 1, 8, 8), torch.float32, torch.int64)
+    assert (x.min(), x.max()) == (-1, 1)
+    assert y.unique().tolist() == list(range(10))
+
+
+def test_upsampling_keeps_range_and_mean():
+    x, native = load_digit_images(16)[0], load_digit_images()[0]
+    assert tuple(x.shape) == (1797, 1, 16, 16)
+    assert x.abs().max() <= 1
+    torch.testing.assert_close(x.mean(), native.mean(), atol=0.01, rtol=0)
+
+
+def test_split_is_stratified_pure_disjoint_and_complete():
+    y = load_digit_images()[1]
+    train, val = stratified_split(y, 0.2, seed=1)
+    assert torch.cat([train, val]).sort().values.equal(torch.arange(1797))
+    share = y[val].bincount() / y.bincount()
+    torch.testing.assert_close(share, torch.full((10,), 0.2), atol=0.003, rtol=0)
+    assert val.equal(stratified_split(y, 0.2, seed=1)[1])
+    assert not val.equal(stratified_split(y, 0.2, seed=2)[1])
+
+
+def test_batches_are_pixels_and_labels_of_the_training_part():
+    data = DigitsDataModule(batch_size=32, val_fraction=0.2)
+    batches = list(data.train_dataloader())
+    x, y = data.train_images()
+    assert len(batches) == len(y) // 32
+    assert all(set(batch) == {"x", "y"} for batch in batches)
+    assert batches[0]["x"].shape == (32, *data.sample_shape)
+    known = {image.numpy().tobytes(): int(label) for image, label in zip(x, y, strict=True)}
+    batch = batches[3]
+    assert [known[image.numpy().tobytes()] for image in batch["x"]] == batch["y"].tolist()
+
+
+def test_validation_is_everything_held_out_in_order():
+    data = DigitsDataModule(batch_size=50, val_fraction=0.1)
+    assert torch.cat([batch["x"] for batch in data.val_dataloader()]).equal(data.val_images()[0])
+    assert DigitsDataModule(val_fraction=0).val_dataloader() == []
+
+
+def test_a_batch_costs_less_than_a_millisecond():
+    data = DigitsDataModule()
+    list(data.train_dataloader())
+    start = time.perf_counter()
+    count = sum(1 for _ in range(4) for _ in data.train_dataloader())
+    assert (time.perf_counter() - start) / count < 1e-2  # 0.2 ms on an idle core; the bound allows for a busy machine
+
+
+@pytest.mark.parametrize("options, message", [({"val_fraction": 1.0}, "val_fraction"), ({"size": 7}, "at least 8")])
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DigitsDataModule(**options).setup()
+
+
+def test_a_single_sample_equals_its_row():
+    data = DigitsDataModule()
+    data.setup()
+    assert data.dataset[5]["x"].equal(data.dataset.__getitems__([5])["x"][0])

@@ -1,0 +1,65 @@
+"""A point survives its csv exactly, and says how it came about."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from flexidit.metrics.curve_points import CurvePoint, find_point, read_csv, write_csv
+
+POINT = CurvePoint(
+    series="weak first",
+    budget=0.6,
+    relative_flops=0.1 + 0.2,
+    flops_per_image=237_240_000_000,
+    frechet=1 / 3,
+    accuracy=None,
+    seconds_per_image=0.01,
+    schedule="1x4x4:4,1x2x2:6",
+    num_sampling_steps=10,
+    num_samples=500,
+    evaluator="ResNet-56",
+    fingerprint="resnet56/abc",
+    reference="digits, train (1437 samples)",
+    model="step 10",
+    codec="PixelCodec",
+    solver="ddpm",
+    cfg_scale=1.5,
+    guidance_channels=None,
+    precision="float32",
+    seed=3,
+    batch_size=64,
+    device="cpu",
+)
+
+
+def test_csv_is_exact(tmp_path: Path) -> None:
+    points = [POINT, replace(POINT, accuracy=0.98, guidance_channels=3, reference='caf\xe9, "quoted"')]
+    write_csv(points[:1], tmp_path / "new" / "curve.csv")
+    assert read_csv(tmp_path / "new" / "curve.csv") == points[:1]
+    write_csv(points, tmp_path / "curve.csv")
+    again = read_csv(tmp_path / "curve.csv")
+    assert [point.accuracy for point in again] == [None, 0.98]
+    assert again[1].guidance_channels == 3
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["curve.csv"]
+
+
+def test_no_file_is_no_points_and_another_file_is_refused(tmp_path: Path) -> None:
+    assert read_csv(tmp_path / "missing.csv") == []
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="its columns differ"):
+        read_csv(tmp_path / "other.csv")
+
+
+def test_the_line_names_everything_that_moves_a_number() -> None:
+    line = replace(POINT, guidance_channels=3).describe()
+    for part in ("0.3333", "30.0%", "ResNet-56", "digits, train", "500 samples", "ddpm, 10 steps", "1x4x4:4,1x2x2:6",
+                 "guidance 1.5 on 3 channels", "PixelCodec", "float32", "seed 3"):  # fmt: skip
+        assert part in line
+
+
+def test_found_by_all_given_values() -> None:
+    other = replace(POINT, seed=4)
+    record = {name: value for name, value in asdict(other).items() if name not in ("frechet", "seconds_per_image")}
+    assert find_point([POINT, other], record) == other
+    assert find_point([POINT], record) is None

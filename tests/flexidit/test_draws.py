@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from flexidit.draws import Draw, draw_flip, draw_noise
+
+
+def test_noise_is_a_pure_function():
+    assert torch.equal(draw_noise(1, Draw(2, 3), (4, 5)), draw_noise(1, Draw(2, 3), (4, 5)))
+
+
+@pytest.mark.parametrize("seed, draw", [(0, Draw(2, 3)), (1, Draw(3, 3)), (1, Draw(2, 4)), (3, Draw(2, 1))])
+def test_noise_depends_on_each_of_seed_sample_and_epoch(seed, draw):
+    assert not torch.equal(draw_noise(1, Draw(2, 3), (8,)), draw_noise(seed, draw, (8,)))
+
+
+def test_noise_of_many_samples_is_standard_normal_and_uncorrelated():
+    noise = torch.stack([draw_noise(0, Draw(sample), (200,)) for sample in range(200)]).double()
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.var() - 1) < 0.03
+    assert abs((noise[:-1] * noise[1:]).mean()) < 0.02
+
+
+def test_flips_are_fair_and_change_with_the_epoch():
+    flips = torch.tensor([[draw_flip(0, Draw(sample, epoch)) for sample in range(400)] for epoch in range(2)])
+    assert abs(flips.double().mean() - 0.5) < 0.06
+    assert 0.4 < (flips[0] != flips[1]).double().mean() < 0.6
+
+
+def test_a_plain_index_means_epoch_0():
+    assert Draw.of(7) == Draw(7, 0)
+    assert Draw.of(Draw(7, 2)) == Draw(7, 2)
