@@ -3,7 +3,7 @@
 Facts about Lightning that shape this file: it keeps the loader state of rank 0 only, so the state must mean the same
 on every rank. Its epoch count is not that of the data: a fit that ``max_steps`` ended inside an epoch counts that epoch
 as done, and a checkpoint at the end of an epoch does not restore the loader. And it replaces samplers in distributed
-runs unless they are ``DistributedSampler``s, so ours is one, and the trainer's ``use_distributed_sampler`` does not matter.
+runs unless they are ``DistributedSampler``s, so ours is one, and ``use_distributed_sampler`` has no effect on it.
 """
 
 import logging

@@ -37,7 +37,7 @@ class EncodeSettings:
 
     image_size: int = 256
     """Side of the square crop, pixels."""
-    shard_size: int = 1024
+    shard_size: int = 256
     """Images of a shard: what an interruption can lose."""
     batch_size: int = 16
     """Images that are encoded at once."""

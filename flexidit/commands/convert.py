@@ -134,7 +134,9 @@ def _check_positions(model: DiT, layout: str) -> None:
         return
     size, sides = model.base_patch_size, model.input_size
     if sides[0] % size.h or sides[1] % size.w:
-        raise ValueError(f"diffusers' DiT takes whole patches, not {size.name} on {sides[0]}x{sides[1]}; use --to official")
+        raise ValueError(
+            f"diffusers' DiT takes whole patches, not {size.name} on {sides[0]}x{sides[1]}; use --to official"
+        )
     by_index = DiT(replace(model.config, depth=0)).pos_embed
     if not torch.allclose(by_index, model.pos_embed.float(), atol=1e-3):
         raise ValueError(
@@ -209,7 +211,7 @@ def _in_words(facts: dict[str, Any]) -> str:
     height, width = facts["input_size"]
     kind = "plain" if facts["recipe"] is None else f"flexible ({facts['recipe']})"
     return (
-        f"{kind} DiT, {facts['depth']} blocks of width {facts['hidden_size']}, patch {', '.join(facts['patch_sizes'])}, "
-        f"latent {facts['in_channels']}x{height}x{width}, {facts['num_classes']} classes, "
+        f"{kind} DiT, {facts['depth']} blocks of width {facts['hidden_size']}, "
+        f"patch {', '.join(facts['patch_sizes'])}, latent {facts['in_channels']}x{height}x{width}, {facts['num_classes']} classes, "
         f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['dtype']}"
     )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from io import BytesIO
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
+from flexidit.commands.curve_report import HEADINGS, table_rows, write_report
 from flexidit.commands.evaluator import FEATURES, Evaluator, make_evaluator, sample_shape_of
 from flexidit.commands.sampling_setup import (
     Codec,
@@ -62,7 +59,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", required=True, help=".npz of statistics (mu, sigma), a folder of images, or 'digits'"
     )
-    parser.add_argument("--features", metavar="NAME", help=f"{', '.join(FEATURES)} (default: inception; digits: digits)")
+    parser.add_argument(
+        "--features", metavar="NAME", help=f"{', '.join(FEATURES)} (default: inception; digits: digits)"
+    )
     parser.add_argument("--feature-weights", type=Path, metavar="FILE", help="of the feature network")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, and to continue in")
     parser.add_argument("--json", action="store_true", help="print what curve.json holds")
@@ -74,6 +73,11 @@ class Task:
 
     candidate: Candidate
     seed: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What decides the samples: series that meet in one schedule share its point."""
+        return str(self.candidate.schedule), self.seed
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,13 +96,28 @@ def run(args: argparse.Namespace) -> int:
     evaluator = make_evaluator(
         args.features, args.feature_weights, args.reference, shape, loaded.device, args.num_samples
     )
-    record = _record(args, loaded, codec, evaluator)
-    done = _resume(args.out, record)
-    points = _measure_all(args, loaded, codec, evaluator, settings, tasks, record, done)
-    _write(args.out, points, record, evaluator.floor)
-    if evaluator.floor is not None or evaluator.skips:
-        record = record | {"floor": evaluator.floor}
-    print(json.dumps(_payload(record, points), indent=2) if args.json else _describe(points, evaluator, args.out))
+    evaluation = Evaluation(
+        model=loaded.model,
+        codec=codec,
+        features=evaluator.features,
+        reference=evaluator.reference,
+        settings=settings,
+        full_steps=args.steps,
+        classifier=evaluator.classifier,
+        model_name=loaded.name,
+    )
+    header = {"settings": _record(args, loaded, codec, evaluator), "floor": evaluator.floor}
+    points = _resume(args.out, header["settings"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    _save(args.out, header, points)
+    todo = _missing(tasks, points)
+    if todo:
+        _warm_up(args, loaded, todo)
+    for point in _measure(evaluation, todo, points, show=not args.json):
+        points.append(point)
+        _save(args.out, header, points)
+    write_report(args.out, header, points)
+    print(json.dumps(_payload(header, points), indent=2) if args.json else _describe(points, evaluator, args.out))
     return 0
 
 
@@ -120,7 +139,10 @@ def _tasks(args: argparse.Namespace, loaded: LoadedModel) -> list[Task]:
 
 def _sampling_settings(args: argparse.Namespace, loaded: LoadedModel) -> SamplingSettings:
     if args.num_samples < 2 or args.batch_size < 1:
-        raise ValueError(f"a point needs 2 samples or more, got {args.num_samples}, in batches of 1 or more")
+        raise ValueError(
+            f"a point needs 2 samples or more in batches of 1 or more, got --num-samples {args.num_samples} "
+            f"--batch-size {args.batch_size}"
+        )
     return SamplingSettings(
         num_samples=args.num_samples,
         batch_size=args.batch_size,
@@ -158,7 +180,7 @@ def _resume(out: Path, record: Mapping[str, Any]) -> list[CurvePoint]:
     """Points that an interrupted run left.
 
     Raises:
-        ValueError: they were measured under other settings.
+        ValueError: they were measured under other settings, or something else lies there.
     """
     file = out / "curve.json"
     if not file.is_file():
@@ -170,34 +192,81 @@ def _resume(out: Path, record: Mapping[str, Any]) -> list[CurvePoint]:
     for name in {**record, **old}:
         if old.get(name) != record.get(name):
             raise ValueError(
-                f"{out} has a curve with {name}={old.get(name)}, and this run has {record.get(name)}; such points do "
-                "not compare, give another --out"
+                f"{out} holds a curve with {name}={old.get(name)} and this run has {name}={record.get(name)}, so that "
+                "its points would not compare; give another --out"
             )
     return read_csv(out / "curve.csv")
 
 
-def _measure_all(
-    args: argparse.Namespace,
-    loaded: LoadedModel,
-    codec: Codec,
-    evaluator: Evaluator,
-    settings: SamplingSettings,
-    tasks: Sequence[Task],
-    record: dict[str, Any],
-    done: Sequence[CurvePoint],
-) -> list[CurvePoint]:
-    """All points, those of earlier runs first; each is on disk before the next begins."""
-    known = {(point.schedule, point.seed): point for point in done}
-    todo = [task for task in tasks if (str(task.candidate.schedule), task.seed) not in known]
+def _missing(tasks: Sequence[Task], points: Sequence[CurvePoint]) -> list[Task]:
+    present = {(point.series, point.budget, point.schedule, point.seed) for point in points}
+    return [task for task in tasks if (task.candidate.series, task.candidate.budget, *task.key) not in present]
+
+
+def _warm_up(args: argparse.Namespace, loaded: LoadedModel, todo: Sequence[Task]) -> None:
     steps = [step for task in todo for step in task.candidate.schedule]
-    if todo:
-        guidance = {"cfg_scale": args.cfg_scale, "guidance_channels": args.guidance_channels}
-        warm_up(loaded, steps, even_batches(args.num_samples, args.batch_size), **guidance)
-    costs = {str(task.candidate.schedule): cost_per_image(loaded.model, task.candidate.schedule, settings) for task in todo}
-    total = args.num_samples * sum(costs[schedule] for schedule, _ in {(str(t.candidate.schedule), t.seed) for t in todo})
-    points = list(done)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with progress_bar("measuring", total, enabled=not args.json) as advance:
-        for task in tasks:
-            ...
-    return points
+    batch_size = even_batches(args.num_samples, args.batch_size)
+    warm_up(loaded, steps, batch_size, cfg_scale=args.cfg_scale, guidance_channels=args.guidance_channels)
+
+
+def _measure(
+    evaluation: Evaluation, todo: Sequence[Task], done: Sequence[CurvePoint], show: bool
+) -> Iterator[CurvePoint]:
+    """The missing points, each as soon as it is known; one schedule and seed is sampled once for all its series."""
+    known = {(point.schedule, point.seed): point for point in done}
+    total = sum(_cost(evaluation, task) for task in {task.key: task for task in todo if task.key not in known}.values())
+    with progress_bar("measuring", total, enabled=show) as advance:
+        for task in todo:
+            series, budget = task.candidate.series, task.candidate.budget
+            if task.key not in known:
+                known[task.key] = _measure_one(evaluation, task, advance)
+            yield replace(known[task.key], series=series, budget=budget)
+
+
+def _measure_one(evaluation: Evaluation, task: Task, advance: Callable[[float], None]) -> CurvePoint:
+    settings, num_samples = replace(evaluation.settings, seed=task.seed), evaluation.settings.num_samples
+    cost = _cost(evaluation, task)
+    features = CountedFeatures(evaluation.features, lambda count: advance(cost * count / num_samples))
+    return replace(evaluation, settings=settings, features=features).measure(task.candidate)
+
+
+def _cost(evaluation: Evaluation, task: Task) -> float:
+    """FLOPs of all samples of a point."""
+    per_image = cost_per_image(evaluation.model, task.candidate.schedule, evaluation.settings)
+    return per_image * evaluation.settings.num_samples
+
+
+class CountedFeatures:
+    """A feature extractor that reports how many images have passed: the progress inside a point of hours."""
+
+    def __init__(self, features: FeatureExtractor, on_images: Callable[[int], None]) -> None:
+        self.features, self.on_images = features, on_images
+        self.name, self.fingerprint = features.name, features.fingerprint
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D)."""
+        result = self.features(pixels)
+        self.on_images(len(pixels))
+        return result
+
+
+def _payload(header: Mapping[str, Any], points: Sequence[CurvePoint]) -> dict[str, Any]:
+    return {**header, "points": [asdict(point) for point in points]}
+
+
+def _save(out: Path, header: Mapping[str, Any], points: Sequence[CurvePoint]) -> None:
+    """The points so far; a later run continues from the csv, if the settings in the json are its own."""
+    write_csv(points, out / "curve.csv")
+    write_atomically(out / "curve.json", (json.dumps(_payload(header, points), indent=2) + "\n").encode())
+
+
+def _describe(points: Sequence[CurvePoint], evaluator: Evaluator, out: Path) -> str:
+    rows = [HEADINGS, *table_rows(points)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.append(f"{evaluator.features.name}; reference: {evaluator.reference.description}")
+    if evaluator.floor is not None:
+        lines.append(f"real images against the reference: {evaluator.floor:.3f}")
+    if evaluator.skips:
+        lines.append(evaluator.skips.summary("reference image"))
+    return "\n".join([*lines, f"curve.csv, curve.json, curve.png, latency.png, curve.html: {out}"])

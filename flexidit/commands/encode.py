@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, help="CSV with class_index and file or wnid (default IMAGES/labels.csv)")
     parser.add_argument("--num-classes", type=int, help="classes of the model, to check the labels against")
     parser.add_argument("--batch-size", type=int, help="images encoded at once (default 4 on a CPU, 32 on a GPU)")
-    parser.add_argument("--shard-size", type=int, default=1024, help="images a shard (default 1024)")
+    parser.add_argument(
+        "--shard-size", type=int, default=256, help="images a shard, what an interruption can lose (default 256)"
+    )
     parser.add_argument("--workers", type=int, default=_default_workers(), help="processes that read images")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument(

@@ -128,13 +128,13 @@ def _floor(pixels: Tensor, features: Any, reference: Reference, num_samples: int
     return statistics.gaussian().distance(reference.statistics)
 
 
-def _folder_batches(
-    root: Path, sample_shape: tuple[int, int, int], skips: SkipReport
-) -> Iterator[dict[str, Tensor]]:
+def _folder_batches(root: Path, sample_shape: tuple[int, int, int], skips: SkipReport) -> Iterator[dict[str, Tensor]]:
     """Centre crops of all images under a folder, (N, 3, H, W); read in threads, as decoding lets others run."""
     _, height, width = sample_shape
     if height != width:
-        raise ValueError(f"images are cropped to squares, this model makes {height}x{width}; give an .npz of statistics")
+        raise ValueError(
+            f"images are cropped to squares, this model makes {height}x{width}; give an .npz of statistics"
+        )
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise FileNotFoundError(f"no images under {root}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}")

@@ -206,7 +206,9 @@ def _sample_all(
             seconds = now(loaded.device) - began
             pixels, decoding = _decoded(codec, latents, loaded.device)
             files = _write(args, plan, y, latents, pixels)
-            results.append(_result(plan, _cost_per_image(loaded, sampler, y, batch_size), len(y), seconds, decoding, files))
+            results.append(
+                _result(plan, _cost_per_image(loaded, sampler, y, batch_size), len(y), seconds, decoding, files)
+            )
             rows.append(pixels)
     if codec is not None:
         _write_grid(args.out / "grid.png", [pixels for pixels in rows if pixels is not None], y, results)
@@ -239,9 +241,7 @@ def _decoded(codec: Codec | None, latents: Tensor, device: torch.device) -> tupl
     return pixels, now(device) - began
 
 
-def _write(
-    args: argparse.Namespace, plan: Plan, y: Tensor, latents: Tensor, pixels: Tensor | None
-) -> list[str]:
+def _write(args: argparse.Namespace, plan: Plan, y: Tensor, latents: Tensor, pixels: Tensor | None) -> list[str]:
     """Write the samples of one plan; returns the names of the files."""
     files = []
     if args.latents:
@@ -264,10 +264,10 @@ def _png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _cost_per_image(loaded: LoadedModel, sampler: Sampler, y: Tensor, batch_size: int) -> flops.ScheduleCost:
+def _cost_per_image(loaded: LoadedModel, sampler: Sampler, num_samples: int, batch_size: int) -> flops.ScheduleCost:
     """What ran, divided by the images that ran, those that filled up the last batch included."""
     cost = flops.trace_cost(loaded.model, sampler.trace, merged=loaded.merged)
-    num_ran = -(-len(y) // batch_size) * batch_size
+    num_ran = -(-num_samples // batch_size) * batch_size
     by_size = {size: total // num_ran for size, total in cost.by_size.items()}
     return flops.ScheduleCost(by_size, cost.powerful_total // num_ran)
 

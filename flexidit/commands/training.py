@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,14 +25,27 @@ _KEYWORDS = ("last", "best", "hpc")
 """Checkpoints that Lightning finds by itself."""
 
 # Of no use to who reads them: this command hands its own arguments on; torchdata and Lightning call old functions.
-_NOISE = (".*LightningCLI's args parameter.*", ".*set_vital.*", ".*isinstance.treespec.*", ".*does not have many workers.*")
+_WARNINGS = (
+    ".*LightningCLI's args parameter.*",
+    ".*set_vital.*",
+    ".*isinstance.treespec.*",
+    ".*does not have many workers.*",
+)
+_ADVERTISEMENT = "Tip: For seamless"
+
+# Lines of jsonargparse's nested messages that name no cause.
+_BOILERPLATE = re.compile(r"Does not validate against any|Subtypes:|Errors:$|Expected a <class 'NoneType'>|Given value")
+
+
+class _BadOption(ValueError):
+    """A config or an option that the parser refuses; several lines, one in another."""
 
 
 class _Parser(LightningArgumentParser):
     """Says what is wrong in one sentence instead of printing all options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(_sentence(message)) from ex
+        raise _BadOption(message) from ex
 
 
 class _CLI(LightningCLI):
@@ -49,8 +62,7 @@ def run(args: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: in one sentence, on options, configs or checkpoints that cannot be used.
     """
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message)
+    _silence()
     try:
         _CLI(
             LightningModule,
@@ -64,10 +76,14 @@ def run(args: Sequence[str]) -> int:
             parser_kwargs={"prog": "flexidit", "description": _DESCRIPTION},
             args=list(args),
         )
-    except MisconfigurationException as error:
+    except (_BadOption, MisconfigurationException) as error:
         raise ValueError(_sentence(str(error))) from error
     except pickle.UnpicklingError as error:
         raise ValueError("the checkpoint holds objects that only running its code could rebuild: refused") from error
+    except KeyError as error:
+        if "pytorch-lightning_version" not in str(error):
+            raise
+        raise ValueError("--ckpt_path takes checkpoints of `flexidit fit`; weights go to target.checkpoint") from error
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
             raise
@@ -75,11 +91,18 @@ def run(args: Sequence[str]) -> int:
     return 0
 
 
+def _silence() -> None:
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: _ADVERTISEMENT not in record.getMessage())
+
+
 def _sentence(message: str) -> str:
-    """The part of a parser's message that says what is wrong: its innermost complaint, in one line."""
-    causes = re.findall(r"(?:Problem with given class_path|Import path)[^\n]*\n?[^\n]*", message)
-    text = causes[-1] if causes else message.split("Given value type")[0]
-    return " ".join(text.replace(" - ", " ").split()) + f" (flexidit {sys.argv[1] if len(sys.argv) > 1 else 'fit'} --help)"
+    """What a parser's message says is wrong, in one line."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    causes = [line for line in lines if line and not _BOILERPLATE.search(line)]
+    return " ".join(causes or lines)
 
 
 def _first_line(message: str) -> str:

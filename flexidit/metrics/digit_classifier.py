@@ -106,6 +106,21 @@ def train_digit_classifier(
     return classifier.eval().requires_grad_(False)
 
 
+def digit_features(size: int = 8, seed: int = 0) -> DigitClassifier:
+    """A classifier trained, here and now, on all of scikit-learn's digits: a config can name it as an evaluator.
+
+    Args:
+        size: Height and width of the images that will be judged; the digits are enlarged to it, bilinear.
+        seed: See :func:`train_digit_classifier`.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1  # grey levels 0 to 16
+    x = F.interpolate(x, (size, size), mode="bilinear")
+    return train_digit_classifier(x, torch.from_numpy(data.target).long(), seed)
+
+
 def _train_step(classifier: DigitClassifier, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
     loss = F.cross_entropy(classifier.logits(x), y, label_smoothing=0.05)
     optimizer.zero_grad()

@@ -59,5 +59,5 @@ def test_refusing_the_first_is_a_choice(image_folder):
     damage(image_folder, 1)
     dataset = ImageSamples(find_images(image_folder), 16, on_error="raise")
     assert torch.is_tensor(dataset[0]["x"])
-    with pytest.raises(ValueError, match="01.jpg cannot be read: zero bytes"):
+    with pytest.raises(ValueError, match=r"01\.jpg cannot be read: zero bytes"):
         dataset[1]

@@ -66,7 +66,9 @@ def test_separate_validation_data(latents, image_folder, kl_vae):
 
 
 def test_latents_of_another_vae_or_size_are_refused(latents, tiny_vae):
-    with pytest.raises(ValueError, match="codec.class = 'AutoencoderKL', this run is configured for 'AutoencoderTiny'"):
+    with pytest.raises(
+        ValueError, match=r"codec\.class = 'AutoencoderKL', this run is configured for 'AutoencoderTiny'"
+    ):
         ImageNetDataModule(str(latents), vae=str(tiny_vae), **COMMON).setup()
     with pytest.raises(ValueError, match="image_size = 16, this run is configured for 32"):
         ImageNetDataModule(str(latents), **{**COMMON, "image_size": 32}).setup()

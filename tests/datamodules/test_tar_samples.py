@@ -45,6 +45,10 @@ def labels(loader) -> list:
     return [batch["y"].tolist() for batch in loader]
 
 
+def flat(batches) -> list:
+    return [label for batch in batches for label in batch]
+
+
 def test_patterns_and_folders_expand(tars, tmp_path):
     assert expand_tars(tmp_path / "train-{0000..0003}.tar") == tars
     with pytest.raises(FileNotFoundError, match="train-0004"):
@@ -64,7 +68,7 @@ def test_training_is_shuffled_by_seed_and_epoch(tars):
     loader = make(tars)
     first, second = labels(loader), labels(loader)
     assert len(first) == len(loader) == 6
-    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(24))
+    assert sorted(flat(first)) == sorted(flat(second)) == list(range(24))
     assert first != second
     assert labels(make(tars)) == first != labels(make(tars, seed=1))
 
@@ -96,7 +100,7 @@ def test_a_resume_is_exact(tars, num_workers):
 
 
 def test_ranks_are_disjoint_and_complete(tars):
-    ranks = [sum(labels(make(tars, rank=rank, world_size=2)), []) for rank in range(2)]
+    ranks = [flat(labels(make(tars, rank=rank, world_size=2))) for rank in range(2)]
     assert sorted(ranks[0] + ranks[1]) == list(range(24))
 
 
@@ -133,7 +137,7 @@ def test_a_cut_tar_gives_what_it_still_has(tars, caplog):
     path = Path(tars[1])
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     loader = make(tars, training=False, num_workers=2)
-    found = sorted(sum(labels(loader), []))
+    found = sorted(flat(labels(loader)))
     assert set(range(6)) | set(range(12, 24)) <= set(found)
     assert len(found) < 24
     assert loader.dataset.cut == [tars[1]]

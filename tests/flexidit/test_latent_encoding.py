@@ -101,7 +101,7 @@ def test_only_broken_images_are_refused(image_folder, tiny_vae, tmp_path):
 
 def test_a_folder_of_other_latents_is_refused(image_folder, tiny_vae, kl_vae, tmp_path):
     encode(image_folder, tiny_vae, tmp_path / "out")
-    with pytest.raises(ValueError, match="codec.class = 'AutoencoderTiny'"):
+    with pytest.raises(ValueError, match=r"codec\.class = 'AutoencoderTiny'"):
         encode(image_folder, kl_vae, tmp_path / "out")
     with pytest.raises(ValueError, match="shard_size = 5, this run is configured for 6"):
         encode(image_folder, tiny_vae, tmp_path / "out", EncodeSettings(16, 6, 2, "float32"))

@@ -1,0 +1,198 @@
+"""What the quick start shows: the table, the curve, the samples and the page that explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from datamodules.digits import load_digit_images
+from flexidit import report
+from flexidit.commands.quickstart.evaluation import Judge, schedules, with_shared_ends
+from flexidit.commands.quickstart.settings import QuickstartSettings
+from flexidit.metrics.curve_points import CurvePoint
+from flexidit.models.dit import DiT
+from flexidit.pictures import GridRow, save_grid
+from flexidit.plots import plot_curve
+from flexidit.sampling.sampler import Sampler
+
+HEADINGS = ("way to save", "FLOPs", "steps", "ms/image", "Frechet", "range", "accuracy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule, over all seeds."""
+
+    series: str
+    relative_flops: float
+    schedule: str
+    milliseconds: float
+    frechet: float
+    lowest: float
+    highest: float
+    accuracy: float
+
+    def cells(self) -> tuple[str, ...]:
+        """As :data:`HEADINGS` name them."""
+        return (
+            self.series,
+            f"{self.relative_flops:.1%}",
+            _steps_in_words(self.schedule),
+            f"{self.milliseconds:.2f}",
+            f"{self.frechet:.2f}",
+            f"{self.lowest:.2f}-{self.highest:.2f}",
+            f"{self.accuracy:.1%}",
+        )
+
+
+def _steps_in_words(schedule: str) -> str:
+    """"1x4x4:20,1x2x2:30" as "20 of 4x4, 30 of 2x2"."""
+    stages = [stage.split(":") for stage in schedule.split(",")]
+    return ", ".join(f"{count} of {size.removeprefix('1x')}" for size, count in stages)
+
+
+def rows(points: Sequence[CurvePoint]) -> list[Row]:
+    """Means and ranges over the seeds, in the order in which schedules were measured."""
+    order = {key: i for i, key in reversed(list(enumerate(_key(p) for p in points)))}
+    ordered = sorted(points, key=lambda p: (order[_key(p)], p.seed))
+    return [_row(list(group)) for _, group in groupby(ordered, _key)]
+
+
+def _key(point: CurvePoint) -> tuple[str, str]:
+    return point.series, point.schedule
+
+
+def _row(points: list[CurvePoint]) -> Row:
+    distances = [p.frechet for p in points]
+    return Row(
+        series=points[0].series,
+        relative_flops=points[0].relative_flops,
+        schedule=points[0].schedule,
+        milliseconds=1000 * fmean(p.seconds_per_image for p in points),
+        frechet=fmean(distances),
+        lowest=min(distances),
+        highest=max(distances),
+        accuracy=fmean(p.accuracy or 0.0 for p in points),
+    )
+
+
+def print_table(points: Sequence[CurvePoint], floor: float, console: Console) -> None:
+    """The table, and what its numbers are."""
+    grid = Table(title="Quality against compute", title_justify="left")
+    for name in HEADINGS:
+        grid.add_column(name, justify="left" if name == HEADINGS[0] else "right", no_wrap=True)
+    previous = ""
+    for row in rows(points):
+        if previous and row.series != previous:
+            grid.add_section()
+        grid.add_row(*row.cells())
+        previous = row.series
+    console.print(grid)
+    console.print(f"{_what(points[0])} Real against real: {floor:.2f}.", soft_wrap=True)
+
+
+def _what(point: CurvePoint) -> str:
+    return (
+        f"Frechet distance in the features of a small classifier trained on the same digits, "
+        f"{point.num_samples} samples against {point.reference}; mean and range over seeds. "
+        "Accuracy: that classifier's, on the class that was asked for."
+    )
+
+
+def draw_samples(student: DiT, settings: QuickstartSettings, path: Path) -> Path:
+    """One row per weak-first budget, all from the same noise, below a row of real digits."""
+    y = torch.arange(10)
+    grid = [GridRow(_one_real_digit_per_class(), "real", "scikit-learn's digits")]
+    for candidate in schedules(student, settings):
+        if candidate.series == "weak first":
+            sampler = Sampler(student, schedule=candidate.schedule, cfg_scale=settings.cfg_scale)
+            images = sampler(y, generator=torch.Generator().manual_seed(settings.seed))
+            grid.append(GridRow(images, f"{candidate.budget:.0%} of the FLOPs", str(candidate.schedule)))
+    title = "The same noise at several budgets: large patches first, small ones later"
+    return save_grid(grid, path, title, [str(label) for label in range(10)])
+
+
+def _one_real_digit_per_class() -> torch.Tensor:
+    x, y = load_digit_images()
+    return torch.stack([x[y == label][0] for label in range(10)])
+
+
+def draw_curve(points: Sequence[CurvePoint], floor: float, path: Path) -> Path:
+    """Quality against FLOPs for the three ways to save."""
+    return plot_curve(with_shared_ends(points), path, "Real digits: how much compute can be saved?", floor)
+
+
+def write_report(
+    points: Sequence[CurvePoint], judge: Judge, drift: float, settings: QuickstartSettings, out: Path
+) -> Path:
+    """``report.html``: pictures, table, what was done, what it does not show."""
+    parts = _parts(points, judge, drift, settings, out)
+    return report.write_page(out / "report.html", "FlexiDiT on real handwritten digits", parts)
+
+
+def _parts(
+    points: Sequence[CurvePoint], judge: Judge, drift: float, settings: QuickstartSettings, out: Path
+) -> Iterator[str]:
+    table = rows(points)
+    yield report.paragraph(_summary(table), "lead")
+    yield report.picture((out / "samples.png").read_bytes(), "samples of every class, one row per budget")
+    yield report.picture((out / "curve.png").read_bytes(), "Frechet distance against relative FLOPs")
+    yield report.heading("The numbers")
+    yield report.table(HEADINGS, (row.cells() for row in table))
+    yield report.paragraph(f"{_what(points[0])} As many real digits against all of them: {judge.floor:.2f}.")
+    yield report.heading("What was done")
+    yield report.bullets(_steps(settings, drift))
+    yield report.heading("What this does not show")
+    yield report.bullets(_limits(settings))
+    yield report.heading("Again, and further")
+    yield report.preformatted(
+        "flexidit quickstart --out runs/quickstart          # the same table; what exists already is not done again\n"
+        f"flexidit sample {out}/student.safetensors --classes 3,7 --budget 0.6 --steps "
+        f"{settings.num_sampling_steps} --cfg-scale {settings.cfg_scale} --out runs/samples\n"
+        f"tensorboard --logdir {out}/tensorboard             # losses per patch size, the weak-powerful gap"
+    )
+    yield report.heading("Settings")
+    yield report.preformatted(settings.to_yaml())
+
+
+def _summary(table: Sequence[Row]) -> str:
+    first = [row for row in table if row.series == "weak first"]
+    full = first[0]
+    good = [row for row in first if row.frechet <= full.highest or row.frechet <= 1.1 * full.frechet]
+    cheapest = min(good, key=lambda row: row.relative_flops)
+    return (
+        f"One small transformer, two patch sizes. With large patches first and small ones later it reaches a Frechet "
+        f"distance of {cheapest.frechet:.2f} at {cheapest.relative_flops:.0%} of the compute; at full compute "
+        f"it is {full.frechet:.2f}, with large patches only {first[-1].frechet:.2f}."
+    )
+
+
+def _steps(settings: QuickstartSettings, drift: float) -> list[str]:
+    weak, powerful = settings.weak_patch_size, settings.patch_size
+    return [
+        f"A class-conditional DiT ({settings.depth} layers, width {settings.hidden_size}) was trained on 8x8 pixels with "
+        f"patches of {powerful}x{powerful}: {settings.pretraining_steps} steps.",
+        f"It was flexified to patches of {weak}x{weak} too (recipe 'shared'). Before any training the student repeats the "
+        f"target at patch size {powerful}; the largest difference was {drift:.1e}.",
+        f"The student was fine-tuned for {settings.fine_tuning_steps} steps, one patch size per step, the distribution-"
+        f"matching loss of appendix B.1 from step {settings.mmd_start_step}.",
+        f"Samples: DDPM with {settings.num_sampling_steps} steps and guidance {settings.cfg_scale}; the cost of a "
+        "schedule counts both predictions of every step.",
+    ]
+
+
+def _limits(settings: QuickstartSettings) -> list[str]:
+    return [
+        "Fewer steps save time as well. On digits upsampled to 16x16 they win: there is no detail that large patches "
+        "would miss and small ones add.",
+        "Milliseconds are those of this machine. Sequences of 4 and 16 tokens keep no processor busy, so time falls "
+        "less than FLOPs; on images of 256 pixels and more it follows them.",
+        f"The judge is a small classifier and {settings.num_samples} samples a seed: differences below the range over "
+        "seeds say nothing.",
+    ]
