@@ -212,6 +212,6 @@ def _in_words(facts: dict[str, Any]) -> str:
     kind = "plain" if facts["recipe"] is None else f"flexible ({facts['recipe']})"
     return (
         f"{kind} DiT, {facts['depth']} blocks of width {facts['hidden_size']}, "
-        f"patch {', '.join(facts['patch_sizes'])}, latent {facts['in_channels']}x{height}x{width}, {facts['num_classes']} classes, "
-        f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['dtype']}"
+        f"patch {', '.join(facts['patch_sizes'])}, latent {facts['in_channels']}x{height}x{width}, "
+        f"{facts['num_classes']} classes, {facts['parameters'] / 1e6:.2f} M parameters, {facts['dtype']}"
     )

@@ -106,8 +106,9 @@ def run(args: argparse.Namespace) -> int:
         classifier=evaluator.classifier,
         model_name=loaded.name,
     )
-    header = {"settings": _record(args, loaded, codec, evaluator), "floor": evaluator.floor}
-    points = _resume(args.out, header["settings"])
+    record = _record(args, loaded, codec, evaluator)
+    header = {"settings": record, "floor": evaluator.floor}
+    points = _resume(args.out, record)
     args.out.mkdir(parents=True, exist_ok=True)
     _save(args.out, header, points)
     todo = _missing(tasks, points)

@@ -7,6 +7,7 @@ import html
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean
@@ -49,8 +50,14 @@ def table_rows(points: Sequence[CurvePoint]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _draw(out: Path, header: Mapping[str, Any], points: Sequence[CurvePoint]) -> None:
-    """``curve.png`` against FLOPs, ``latency.png`` against time, and both with all numbers in ``curve.html``."""
+def write_report(out: Path, header: Mapping[str, Any], points: Sequence[CurvePoint]) -> None:
+    """``curve.png`` against FLOPs, ``latency.png`` against time, and both with all numbers in ``curve.html``.
+
+    Args:
+        out: Folder.
+        header: ``settings`` of the curve, and ``floor``, the Frechet distance of real images, or None.
+        points: At least one.
+    """
     pictures = {
         "curve.png": _png(curve_figure(points, floor=header["floor"])),
         "latency.png": _png(_timed(points, header)),

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     settings = EncodeSettings(args.size, args.shard_size, batch_size, args.dtype, not args.no_flip, workers)
     images = find_images(args.images, args.labels, args.num_classes)
     codec = LatentCodec(args.vae, device=device, batch_size=batch_size)
+    _ = codec.fingerprint  # a VAE that cannot be read is refused before the bar appears
     with _progress(enabled=not args.json) as on_progress:
         result = encode_images(images, codec, args.out, settings, on_progress)
     summary = _summary(result, args.out)

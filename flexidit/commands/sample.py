@@ -202,13 +202,12 @@ def _sample_all(
     with progress_bar("sampling", total, enabled=not args.json) as advance:
         for plan, sampler, step_costs in zip(plans, samplers, per_step, strict=True):
             began = now(loaded.device)
-            latents = _draw(sampler, y, args.seed, batch_size, lambda step, costs=step_costs: advance(costs[step]))
+            latents = _draw(sampler, y, args.seed, batch_size, step_costs, advance)
             seconds = now(loaded.device) - began
             pixels, decoding = _decoded(codec, latents, loaded.device)
             files = _write(args, plan, y, latents, pixels)
-            results.append(
-                _result(plan, _cost_per_image(loaded, sampler, y, batch_size), len(y), seconds, decoding, files)
-            )
+            cost = _cost_per_image(loaded, sampler, len(y), batch_size)
+            results.append(_result(plan, cost, len(y), seconds, decoding, files))
             rows.append(pixels)
     if codec is not None:
         _write_grid(args.out / "grid.png", [pixels for pixels in rows if pixels is not None], y, results)
@@ -223,10 +222,21 @@ def _batch_size(args: argparse.Namespace, num_samples: int) -> int:
     return min(args.batch_size, num_samples)
 
 
-def _draw(sampler: Sampler, y: Tensor, seed: int, batch_size: int, on_step: Callable[[int], None]) -> Tensor:
+def _draw(
+    sampler: Sampler,
+    y: Tensor,
+    seed: int,
+    batch_size: int,
+    step_costs: Sequence[int],
+    advance: Callable[[float], None],
+) -> Tensor:
     """(N, Z, h, w) of finite values."""
-    generator = torch.Generator().manual_seed(seed)
-    latents = sampler(y, generator=generator, batch_size=batch_size, on_step=lambda step, x: on_step(step))
+    latents = sampler(
+        y,
+        generator=torch.Generator().manual_seed(seed),
+        batch_size=batch_size,
+        on_step=lambda step, x: advance(step_costs[step]),
+    )
     if not latents.isfinite().all():
         raise ValueError("the samples hold NaN or infinity; try --dtype float32, or look at the weights")
     return latents

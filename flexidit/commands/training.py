@@ -34,7 +34,7 @@ _WARNINGS = (
 _ADVERTISEMENT = "Tip: For seamless"
 
 # Lines of jsonargparse's nested messages that name no cause.
-_BOILERPLATE = re.compile(r"Does not validate against any|Subtypes:|Errors:$|Expected a <class 'NoneType'>|Given value")
+_BOILERPLATE = re.compile(r"Does not validate against any|Subtypes:|Errors:$|Expected a path|Expected a <class 'NoneType'>|Given value")
 
 
 class _BadOption(ValueError):
@@ -101,7 +101,7 @@ def _silence() -> None:
 def _sentence(message: str) -> str:
     """What a parser's message says is wrong, in one line."""
     lines = [line.strip(" -") for line in message.splitlines()]
-    causes = [line for line in lines if line and not _BOILERPLATE.search(line)]
+    causes = dict.fromkeys(line for line in lines if line and not _BOILERPLATE.search(line))  # each once
     return " ".join(causes or lines)
 
 

@@ -17,7 +17,9 @@ from callbacks.ema import EMA
 from callbacks.fid_flops import FIDFlops, scalars
 from flexidit import create_model, flexify
 from flexidit.latents import PixelCodec
+from flexidit.metrics import digit_classifier
 from flexidit.metrics.curve_points import CurvePoint, read_csv
+from flexidit.metrics.digit_classifier import DigitClassifier
 from flexidit.metrics.frechet import FeatureStatistics
 
 
@@ -156,7 +158,8 @@ def test_training_does_not_notice(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in modules), strict=True))
 
 
-def test_a_config_can_hold_it() -> None:
+def test_a_config_can_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digit_classifier, "train_digit_classifier", lambda x, y, seed: DigitClassifier())
     parser = ArgumentParser()
     parser.add_class_arguments(FIDFlops, "curve")
     features = {"class_path": "flexidit.metrics.digit_classifier.digit_features", "init_args": {"seed": 1}}

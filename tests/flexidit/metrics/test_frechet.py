@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from cleanfid import fid as cleanfid
-from scipy import linalg
 from torch import Tensor
-from torchmetrics.image.fid import _compute_fid
 
 from flexidit.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance, symmetric_sqrt
 
@@ -29,6 +26,10 @@ def gaussian(x: Tensor) -> Gaussian:
 
 
 def peers(a: Gaussian, b: Gaussian) -> dict[str, float]:
+    from cleanfid import fid as cleanfid  # here, because spawned processes import this file too
+    from scipy import linalg
+    from torchmetrics.image.fid import _compute_fid
+
     (m1, c1), (m2, c2) = ((g.mean.numpy(), g.covariance.numpy()) for g in (a, b))
     root = linalg.sqrtm(c1 @ c2)
     return {
@@ -41,6 +42,8 @@ def peers(a: Gaussian, b: Gaussian) -> dict[str, float]:
 @pytest.fixture(autouse=True)
 def old_sqrtm(monkeypatch: pytest.MonkeyPatch) -> None:
     """clean-fid asks for ``sqrtm(..., disp=False)`` and two results, which newer versions of scipy do not give."""
+    from scipy import linalg
+
     sqrtm = linalg.sqrtm
 
     def compatible(matrix: np.ndarray, disp: bool | None = None) -> object:
@@ -159,22 +162,24 @@ def test_files_without_statistics_are_refused(tmp_path: Path) -> None:
 
 
 def gather(rank: int, root: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=3)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=2)
     x = features(31)
-    statistics = FeatureStatistics()
-    statistics.update((x[:20], x[20:], x[:0])[rank])  # uneven, and one rank has none
-    statistics.gathered().gaussian().save(f"{root}/{rank}.npz")
-    assert statistics.count == (20, 11, 0)[rank]
+    for name, first in (("uneven", 20), ("empty", 31)):
+        statistics = FeatureStatistics()
+        statistics.update((x[:first], x[first:])[rank])
+        statistics.gathered().gaussian().save(f"{root}/{name}{rank}.npz")
+        assert statistics.count == (first, 31 - first)[rank]
     torch.distributed.destroy_process_group()
 
 
 def test_uneven_ranks_agree_with_one_process(tmp_path: Path) -> None:
-    mp.spawn(gather, args=(str(tmp_path),), nprocs=3)
-    whole, parts = gaussian(features(31)), [Gaussian.load(tmp_path / f"{rank}.npz") for rank in range(3)]
-    for part in parts:
-        assert part.count == 31
-        torch.testing.assert_close(part.covariance, whole.covariance, rtol=1e-11, atol=1e-12)
-        assert torch.equal(part.covariance, parts[0].covariance)
+    mp.spawn(gather, args=(str(tmp_path),), nprocs=2)
+    whole = gaussian(features(31))
+    for name in ("uneven", "empty"):
+        parts = [Gaussian.load(tmp_path / f"{name}{rank}.npz") for rank in range(2)]
+        assert torch.equal(parts[0].covariance, parts[1].covariance)
+        assert parts[0].count == 31
+        torch.testing.assert_close(parts[0].covariance, whole.covariance, rtol=1e-11, atol=1e-12)
 
 
 def test_gathering_in_one_process_copies() -> None:

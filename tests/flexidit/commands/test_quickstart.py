@@ -1,0 +1,142 @@
+"""The quick start at toy size: whole, repeatable, interruptible."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flexidit.cli import main
+from flexidit.commands.quickstart import tell
+from flexidit.commands.quickstart.evaluation import Judge, schedules, with_shared_ends
+from flexidit.commands.quickstart.settings import QuickstartSettings, claim_folder
+from flexidit.flops import schedule_cost
+from flexidit.metrics.curve import Candidate, Evaluation
+from flexidit.metrics.curve_points import CurvePoint, read_csv
+from flexidit.models.dit import DiT
+from flexidit.recipes import flexify
+from flexidit.variants import create_model
+
+TOY = QuickstartSettings(
+    hidden_size=16,
+    depth=1,
+    num_heads=2,
+    pretraining_steps=4,
+    fine_tuning_steps=4,
+    mmd_start_step=1,
+    mmd_every_n_steps=1,
+    num_sampling_steps=5,
+    num_samples=12,
+    num_seeds=2,
+    weak_steps=(0, 2, 5),
+    compared_weak_steps=(2,),
+)
+
+WRITTEN = {
+    "checkpoints",
+    "config.yaml",
+    "curve.csv",
+    "curve.png",
+    "report.html",
+    "samples.png",
+    "student.safetensors",
+    "target.safetensors",
+    "tensorboard",
+}
+
+
+def numbers(points: list[CurvePoint]) -> list[CurvePoint]:
+    """Without the time, which is never the same twice."""
+    return [replace(point, seconds_per_image=0.0) for point in points]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    claim_folder(out, TOY)
+    tell(TOY, out, quiet=True)
+    return out
+
+
+def test_it_leaves_everything_that_it_promises(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == WRITTEN
+    assert len(read_csv(finished / "curve.csv")) == 2 * (3 + 1 + 1)
+    assert list((finished / "tensorboard").rglob("events.*"))
+
+
+def test_the_page_is_self_contained(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_second_run_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
+    claim_folder(tmp_path / "again", TOY)
+    tell(TOY, tmp_path / "again", quiet=True)
+    again, first = (numbers(read_csv(folder / "curve.csv")) for folder in (tmp_path / "again", finished))
+    assert again == first
+
+
+def test_interrupted_it_continues_to_the_same_numbers(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "interrupted"
+    claim_folder(out, TOY)
+    measure, calls = Evaluation.measure, []
+
+    def stop_at_the_fourth(self: Evaluation, candidate: Candidate) -> CurvePoint:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(candidate)
+        return measure(self, candidate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "measure", stop_at_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            tell(TOY, out, quiet=True)
+    assert len(read_csv(out / "curve.csv")) == 3
+    weights = (out / "student.safetensors").stat().st_mtime_ns
+    tell(TOY, out, quiet=True)
+    assert (out / "student.safetensors").stat().st_mtime_ns == weights
+    assert numbers(read_csv(out / "curve.csv")) == numbers(read_csv(finished / "curve.csv"))
+
+
+def test_finished_points_are_not_measured_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Evaluation, "measure", lambda self, candidate: pytest.fail("measured"))
+    tell(TOY, finished, quiet=True)
+
+
+def test_another_runs_folder_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"other settings \(hidden_size 16 there, 8 now\)"):
+        claim_folder(finished, replace(TOY, hidden_size=8))
+    assert main(["quickstart", "--out", str(finished), "--seed", "1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def student() -> DiT:
+    settings = QuickstartSettings()
+    return flexify(create_model("DiT-Tiny/2", **settings.variant_overrides()), [settings.weak_patch_size])
+
+
+def test_ways_to_save_are_compared_at_equal_cost(student: DiT) -> None:
+    settings = QuickstartSettings()
+    by_series: dict[str, dict[float, float]] = {"weak first": {}, "weak last": {}, "fewer steps": {}}
+    for candidate in schedules(student, settings):
+        by_series[candidate.series][candidate.budget] = schedule_cost(student, candidate.schedule).total
+    for budget, cost in by_series["weak last"].items():
+        assert cost == by_series["weak first"][budget]
+        assert by_series["fewer steps"][budget] == pytest.approx(cost, rel=0.02)
+
+
+def test_lines_of_the_plot_begin_and_end_together(finished: Path) -> None:
+    points = with_shared_ends(read_csv(finished / "curve.csv"))
+    full = [point.series for point in points if point.relative_flops == 1.0 and point.seed == 0]
+    assert sorted(full) == ["fewer steps", "weak first", "weak last"]
+
+
+def test_real_digits_are_close_to_real_digits() -> None:
+    judge = Judge.train(replace(TOY, num_samples=500))
+    assert 0.0 < judge.floor < 1.0
