@@ -55,8 +55,9 @@ class TensorSamples(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Tensor]:
         """A batch: ``x`` (N, C, S, S) and ``y`` (N,)."""
-        index = torch.tensor([Draw.of(key).sample for key in keys])
-        return {"x": self.x[index], "y": self.y[index]}
+        index = [Draw.of(key).sample for key in keys]
+        # NumPy copies on this thread; torch would wake its thread pool, which stalls where cores are oversubscribed
+        return {"x": torch.from_numpy(self.x.numpy()[index]), "y": torch.from_numpy(self.y.numpy()[index])}
 
 
 def stratified_split(y: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ class DigitsDataModule(ResumableDataModule):
         batch_size: images a step and process.
         val_fraction: share of every class that is held out.
         seed: of the split and the order.
-        num_workers: reading processes; the data lie in memory, so 0 is fastest.
+        num_workers: reading processes; the data lie in memory, so 0 is enough.
     """
 
     num_classes = NUM_CLASSES

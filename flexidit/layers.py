@@ -1,14 +1,20 @@
-"""The parts of a transformer block, each told the patch size of the call.
+"""The parts of a transformer block, each told the patch sizes of the call.
 
-The size is an explicit argument down to here because activation checkpointing runs a block again during backward:
-a switch set from outside would by then belong to another call, and the gradients would be wrong without an error.
+The sizes are an explicit argument down to here, in a :class:`TokenLayout`, because activation checkpointing runs a
+block again during backward: a switch set from outside would by then belong to another call, and the gradients would be
+wrong without an error.
 
-Shape legend: N batch, T tokens, D hidden size, R adapter rank.
+A pass has one or more segments, each a batch of sequences of one patch size. The tokens of one segment are (N, T, D).
+Those of several are *joined*, (S, D), one sequence after another, so that a linear layer reads its weights once for
+all of them; what differs between segments is done to the parts. Conditioning vectors are (M, D), one a sequence.
+
+Shape legend: N sequences of a segment, M of all, T tokens of a sequence, S of all, D hidden size, R adapter rank.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +23,10 @@ from torch import Tensor, nn
 
 from flexidit.patch_embed import PatchUnembed
 from flexidit.patch_size import PatchSize
+from flexidit.token_layout import TokenLayout
+
+Masks = Sequence[Tensor | None]
+"""For each item of ``TokenLayout.rows``, which key (second axis) a query may see: (L, L) bool; ``None``: every one."""
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -30,16 +40,66 @@ def adapted_linear(layer: nn.Module, x: Tensor, patch_size: PatchSize) -> Tensor
     Reads the parameters that peft holds, and none of its state: the active adapter is an argument here, so nothing
     needs switching back, and a size without adapter runs the pre-trained layer bit for bit.
     """
-    adapters = getattr(layer, "lora_A", None)
-    if adapters is None:
+    if not hasattr(layer, "lora_A"):
         return layer(x)
-    out = layer.base_layer(x)
+    return _add_adapter(layer, layer.base_layer(x), x, patch_size)
+
+
+def _add_adapter(layer: nn.Module, out: Tensor, x: Tensor, patch_size: PatchSize) -> Tensor:
     name = patch_size.name
-    if name not in adapters:
+    if name not in layer.lora_A:
         return out
-    down, up = adapters[name], layer.lora_B[name]
+    down, up = layer.lora_A[name], layer.lora_B[name]
     delta = up(down(layer.lora_dropout[name](x.to(down.weight.dtype))))  # (N, T, R) -> (N, T, D)
     return out + (delta * layer.scaling[name]).to(out.dtype)
+
+
+def split_tokens(x: Tensor, layout: TokenLayout) -> Sequence[Tensor]:
+    """The segments of joined tokens, as views: (S, D) -> (N, T, D) each; a single segment is not joined."""
+    if len(layout.segments) == 1:
+        return [x]
+    shapes = [(segment.num_sequences, segment.num_tokens) for segment in layout.segments]
+    parts = x.split([num_sequences * num_tokens for num_sequences, num_tokens in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def join_tokens(parts: Iterable[Tensor]) -> Tensor:
+    """Inverse of :func:`split_tokens`."""
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def joint_linear(layer: nn.Module, x: Tensor, layout: TokenLayout) -> Tensor:
+    """:func:`adapted_linear` over all segments: the layer once, on joined tokens, and to each part its own adapter."""
+    if len(layout.segments) == 1:
+        return adapted_linear(layer, x, layout.segments[0].patch_size)
+    if not hasattr(layer, "lora_A"):
+        return layer(x)
+    parts = zip(split_tokens(layer.base_layer(x), layout), split_tokens(x, layout), layout.segments, strict=True)
+    return join_tokens(_add_adapter(layer, out, part, segment.patch_size) for out, part, segment in parts)
+
+
+def split_vectors(c: Tensor, layout: TokenLayout) -> Sequence[Tensor]:
+    """One vector a sequence, by segment: (M, D) -> (N, D) each."""
+    return [c] if len(layout.segments) == 1 else c.split([segment.num_sequences for segment in layout.segments])
+
+
+def join_vectors(parts: Iterable[Tensor]) -> Tensor:
+    """Inverse of :func:`split_vectors`."""
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attention_masks(layout: TokenLayout, device: torch.device) -> Masks:
+    """What the blocks of a row may see of one another: nothing.
+
+    Boolean, because attention would add a mask of zeros and ones to the scores, and every token would see every other.
+    """
+    return [None if len(rows.blocks) == 1 else _block_diagonal(rows.blocks, device) for rows in layout.rows]
+
+
+def _block_diagonal(blocks: Sequence[int], device: torch.device) -> Tensor:
+    return torch.block_diag(*[torch.ones(n, n, dtype=torch.bool, device=device) for n in blocks])
 
 
 class SizeNorm(nn.Module):
@@ -70,7 +130,7 @@ class SizeNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens: (N, T, D) -> (N, T, D)."""
+    """Multi-head self-attention of the tokens of a block, all of a sequence unless the layout says otherwise."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -78,21 +138,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, *, patch_size: PatchSize) -> Tensor:
-        qkv = adapted_linear(self.qkv, x, patch_size)  # (N, T, 3 * D)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, T, D / heads) each
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (N, T, D)
-        return adapted_linear(self.proj, x, patch_size)
+    def forward(self, x: Tensor, *, layout: TokenLayout, masks: Masks) -> Tensor:
+        qkv = split_tokens(joint_linear(self.qkv, x, layout), layout)  # (N, T, 3 * D) each
+        out = list(qkv)
+        for rows, mask in zip(layout.rows, masks, strict=True):
+            parts = [qkv[i].reshape(rows.num_rows, -1, qkv[i].shape[2]) for i in rows.segments]  # (rows, tokens, 3 * D)
+            for i, part in zip(rows.segments, self._attend(parts, mask), strict=True):
+                out[i] = part.reshape(*qkv[i].shape[:2], -1)  # (N, T, D)
+        return joint_linear(self.proj, join_tokens(out), layout)
+
+    def _attend(self, parts: Sequence[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
+        """Queries, keys and values that lie side by side in the same rows: (rows, tokens, 3 * D) -> same, D, each."""
+        qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (rows, heads, L, D / heads) each
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)  # (rows, L, D)
+        return [x] if len(parts) == 1 else x.split([part.shape[1] for part in parts], dim=1)
 
 
 class Mlp(PlainMlp):
-    """timm's two-layer perceptron with tanh GELU, its linear layers adapted per patch size: (N, T, D) -> (N, T, D)."""
+    """timm's two-layer perceptron with tanh GELU, its linear layers adapted per patch size: same shape in and out."""
 
     def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
         super().__init__(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
 
-    def forward(self, x: Tensor, *, patch_size: PatchSize) -> Tensor:
-        return adapted_linear(self.fc2, self.act(adapted_linear(self.fc1, x, patch_size)), patch_size)
+    def forward(self, x: Tensor, *, layout: TokenLayout) -> Tensor:
+        return joint_linear(self.fc2, self.act(joint_linear(self.fc1, x, layout)), layout)
 
 
 class TimestepEmbedder(nn.Module):
@@ -138,7 +208,10 @@ class LabelEmbedder(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and MLP, both modulated by the conditioning vector (adaLN-Zero): (N, T, D), (N, D) -> (N, T, D)."""
+    """Self-attention and MLP, both modulated by the conditioning vectors (adaLN-Zero).
+
+    (N, T, D), (N, D) -> (N, T, D) for one segment; joined, (S, D), (M, D) -> (S, D) for several.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -148,12 +221,23 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, *, patch_size: PatchSize) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, *, layout: TokenLayout, masks: Masks) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        h = modulate(self.norm1(x, patch_size=patch_size), shift_msa, scale_msa)
-        x = x + gate_msa.unsqueeze(1) * self.attn(h, patch_size=patch_size)
-        h = modulate(self.norm2(x, patch_size=patch_size), shift_mlp, scale_mlp)
-        return x + gate_mlp.unsqueeze(1) * self.mlp(h, patch_size=patch_size)
+        h = _modulated_norm(self.norm1, x, shift_msa, scale_msa, layout)
+        x = x + _gated(gate_msa, self.attn(h, layout=layout, masks=masks), layout)
+        h = _modulated_norm(self.norm2, x, shift_mlp, scale_mlp, layout)
+        return x + _gated(gate_mlp, self.mlp(h, layout=layout), layout)
+
+
+def _modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: TokenLayout) -> Tensor:
+    own = zip(layout.segments, *(split_vectors(vectors, layout) for vectors in (shift, scale)), strict=True)
+    parts = zip(split_tokens(x, layout), own, strict=True)
+    return join_tokens(modulate(norm(part, patch_size=s.patch_size), *vectors) for part, (s, *vectors) in parts)
+
+
+def _gated(gate: Tensor, x: Tensor, layout: TokenLayout) -> Tensor:
+    parts = zip(split_vectors(gate, layout), split_tokens(x, layout), strict=True)
+    return join_tokens(own.unsqueeze(1) * part for own, part in parts)
 
 
 class FinalLayer(nn.Module):

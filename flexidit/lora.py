@@ -63,9 +63,10 @@ def merged_copy(student: DiT, patch_size: PatchSizeLike) -> DiT:
         raise ValueError(f"patch size {size.name} of this model has no adapter to merge")
     merged = copy.deepcopy(student)
     _merge_layers(merged, size.name)
-    merged.x_embedder.proj = merged.x_embedder.per_size[size.name]
-    merged.x_embedder.proj.bias.add_(merged.size_embedder[size.name])
-    own = merged.final_layer.linear.per_size[size.name]
+    embed, own = merged.x_embedder.per_size[size.name], merged.final_layer.linear.per_size[size.name]
+    assert isinstance(embed, nn.Conv2d | nn.Conv3d) and embed.bias is not None and isinstance(own, nn.Linear)
+    embed.bias.add_(merged.size_embedder[size.name])
+    merged.x_embedder.proj = embed
     merged.final_layer.linear.weight, merged.final_layer.linear.bias = own.weight, own.bias
     for layer in (merged.x_embedder, merged.final_layer.linear):
         layer.per_size, layer.patch_size = nn.ModuleDict(), size

@@ -34,9 +34,7 @@ def patch_centres(
         [0.5, 2.5]
     """
     axes = []
-    for count, side, base in zip(
-        patch_size.grid(size), patch_size.as_tuple(), base_patch_size.as_tuple(), strict=True
-    ):
+    for count, side, base in zip(patch_size.grid(size), patch_size.as_tuple(), base_patch_size.as_tuple(), strict=True):
         index = torch.arange(count, dtype=torch.float64, device=device)
         axes.append(index if positions == "grid" else (index * side + (side - base) / 2) / base)
     return axes[0], axes[1], axes[2]
@@ -50,7 +48,7 @@ def sincos_1d(coords: Tensor, dim: int) -> Tensor:
 
 
 def sincos_2d(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
-    """DiT's table, row-major: first half of the features for the column, second for the row: (h,), (w,) -> (h * w, D)."""
+    """DiT's table, row-major, features of the column before those of the row: (h,), (w,) -> (h * w, D)."""
     across = sincos_1d(columns, dim // 2).expand(len(rows), -1, -1)  # (h, w, D / 2)
     down = sincos_1d(rows, dim // 2).unsqueeze(1).expand(-1, len(columns), -1)  # (h, w, D / 2)
     return torch.cat([across, down], dim=2).flatten(0, 1)

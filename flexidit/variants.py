@@ -42,9 +42,7 @@ def variant_config(name: str, **overrides: Any) -> DiTConfig:
         raise ValueError(f"unknown model {name!r}{_suggest(name, known_variants())}")
     width, patch = name.removeprefix("DiT-").split("/")
     hidden_size, depth, num_heads = _DIT_WIDTHS[width]
-    config = DiTConfig(
-        patch_size=PatchSize.parse(patch), hidden_size=hidden_size, depth=depth, num_heads=num_heads
-    )
+    config = DiTConfig(patch_size=PatchSize.parse(patch), hidden_size=hidden_size, depth=depth, num_heads=num_heads)
     known = [field.name for field in fields(config) if field.name != "flex"]
     for field in overrides:
         if field not in known:

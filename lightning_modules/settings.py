@@ -40,9 +40,11 @@ class TargetSettings:
         if self.checkpoint is None:
             assert self.variant is not None
             return create_model(self.variant, **self.overrides)
-        model = load_checkpoint(self.checkpoint)
-        if self.variant is not None:
-            expected = variant_config(self.variant, **self.overrides)
+        expected = None if self.variant is None else variant_config(self.variant, **self.overrides)
+        # Official weights do not tell their number of heads, unless their width is a published one.
+        known = {} if expected is None else {"num_heads": expected.num_heads}
+        model = load_checkpoint(self.checkpoint, **known)
+        if expected is not None:
             for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_classes"):
                 given, wanted = getattr(model.config, name), getattr(expected, name)
                 if given != wanted:
@@ -132,7 +134,7 @@ class MatchingSettings:
     every_n_steps: int = 1
     """Apply it at every n-th optimizer step only; each application costs a whole chain of forward passes."""
     chain: dict[str, int] = field(default_factory=dict)
-    """Denoising steps per patch size, such as {"4": 2, "2": 2}, taken weakest first; empty: two of each size."""
+    """Denoising steps per patch size, such as {4: 2, 2: 2}, taken weakest first; empty: two of each size."""
     num_timesteps: int = 250
     """Steps of the sampler whose errors are to be corrected (250 in the paper)."""
     backprop_steps: int | None = None

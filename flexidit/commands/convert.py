@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     model = _chosen(source, args)
     missing = _missing_fields(model, args.to)
     _check_positions(model, args.to)
-    warning = _warning(missing, args.to)
+    warning = _warning(model.config, missing, args.to)
     if warning:
         print(f"flexidit convert: {warning}", file=sys.stderr)
     written = save_checkpoint(model, args.output, layout_format=args.to)
@@ -87,7 +87,7 @@ def _chosen(source: DiT, args: argparse.Namespace) -> DiT:
 
 
 def _missing_fields(model: DiT, layout: str) -> dict[str, Any]:
-    """Fields of the config that the layout does not hold, with what a reader assumes instead; None: it must be told."""
+    """Fields that the layout does not hold, with what a reader assumes for each; None: it must be told."""
     if layout == "flexidit":
         return {}
     assumed = _assumed_by_diffusers(model.config) if layout == "diffusers" else _assumed_of_official(model)
@@ -146,17 +146,17 @@ def _check_positions(model: DiT, layout: str) -> None:
         )
 
 
-def _warning(missing: dict[str, Any], layout: str) -> str:
+def _warning(config: DiTConfig, missing: dict[str, Any], layout: str) -> str:
     """One sentence on what readers will do differently; empty if nothing."""
-    told = [f"{name}" for name, assumed in missing.items() if assumed is None]
+    told = [f"{name}={getattr(config, name)}" for name, assumed in missing.items() if assumed is None]
     differs = [f"{name}={assumed}" for name, assumed in missing.items() if assumed is not None]
     if differs and layout == "diffusers":
         return (
             f"diffusers' DiT computes with {', '.join(differs)}, which these weights were not trained with, so its "
             "outputs differ a little, as they do for DiT's published weights in that layout"
         )
-    sentences = [f"tell readers {', '.join(told)}"] if told else []
-    sentences += [f"DiT's own code takes {', '.join(differs)}, so its outputs differ"] if differs else []
+    sentences = [f"readers must be told {', '.join(told)}"] if told else []
+    sentences += [f"readers that are told nothing, such as DiT's own code, take {', '.join(differs)}"] if differs else []
     return f"the official layout does not hold everything: {'; '.join(sentences)}" if sentences else ""
 
 

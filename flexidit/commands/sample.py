@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     """
     loaded = load_model(args)
     y = _labels(args, loaded.model.num_classes)
+    batch_size = _batch_size(args, len(y))
     plans = _plans(args, loaded)
     samplers = [_sampler(args, loaded, plan.schedule) for plan in plans]  # refuses what cannot run before anything runs
     codec = pick_codec(loaded.model, args.vae, loaded.device)
@@ -115,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
         need_codec(codec, loaded.model, ", or --latents to save them as they are")
     args.out.mkdir(parents=True, exist_ok=True)
     report = _report(args, loaded, samplers[0], codec)
-    report["runs"] = [asdict(result) for result in _sample_all(args, loaded, y, plans, samplers, codec)]
+    results = _sample_all(args, loaded, y, plans, samplers, codec, batch_size)
+    report["runs"] = [asdict(result) for result in results]
     write_atomically(args.out / "samples.json", (json.dumps(report, indent=2) + "\n").encode())
     print(json.dumps(report, indent=2) if args.json else _describe(report, args.out))
     return 0
@@ -133,43 +135,41 @@ def _labels(args: argparse.Namespace, num_classes: int) -> Tensor:
 
 
 def _plans(args: argparse.Namespace, loaded: LoadedModel) -> list[Plan]:
+    base, powerful_steps = loaded.model.base_patch_size, args.guide_powerful_steps
     if args.schedule is not None:
         schedule = PatchSchedule.parse(args.schedule)
         if args.steps not in (None, len(schedule)):
             raise ValueError(f"--schedule has {len(schedule)} steps and --steps says {args.steps}; leave --steps out")
-        return [Plan(_with_guide(schedule, args.guide_powerful_steps, loaded.model.base_patch_size))]
+        return [Plan(schedule if powerful_steps is None else _with_guide(schedule, powerful_steps, base))]
     budgets = parse_numbers(args.budget or "1.0", float, "--budget")
     num_steps = 250 if args.steps is None else args.steps
-    found = candidates(loaded.model, budgets, num_steps, weak=args.weak, merged=loaded.merged)
-    base = loaded.model.base_patch_size
-    return [
-        Plan(
-            _with_guide(candidate.schedule, args.guide_powerful_steps, base),
-            f"budget-{candidate.budget:g}_" if len(found) > 1 else "",
-            candidate.budget,
-        )
-        for candidate in found
-    ]
+    plans = []
+    for candidate in candidates(loaded.model, budgets, num_steps, weak=args.weak, merged=loaded.merged):
+        schedule = candidate.schedule
+        if powerful_steps is not None and candidate.budget != 1.0:  # the full budget stands beside the others as it is
+            schedule = _with_guide(schedule, powerful_steps, base)
+        prefix = f"budget-{candidate.budget:g}_" if len(budgets) > 1 else ""
+        plans.append(Plan(schedule, prefix, candidate.budget))
+    return plans
 
 
-def _with_guide(schedule: PatchSchedule, powerful_steps: int | None, base: PatchSize) -> PatchSchedule:
+def _with_guide(schedule: PatchSchedule, powerful_steps: int, base: PatchSize) -> PatchSchedule:
     """The schedule with a guiding branch that is powerful for so many last steps only (READING.md 12)."""
     weak = schedule[0].cond
-    if powerful_steps is None or weak == base:
-        return schedule
-    guided = PatchSchedule.weak_first(
-        num_steps=len(schedule),
-        weak_steps=sum(step.cond == weak for step in schedule),
-        guide_powerful_steps=powerful_steps,
-        weak=weak,
-        powerful=base,
-    )
-    if any(old.cond != new.cond or old.guide != old.cond for old, new in zip(schedule, guided, strict=True)):
+    num_weak = sum(step.cond == weak for step in schedule)
+    two_stages = PatchSchedule.from_stages([(weak, num_weak), (base, max(1, len(schedule) - num_weak))])
+    if weak == base or schedule != two_stages:
         raise ValueError(
             "--guide-powerful-steps goes with schedules of one weak stage and one powerful stage; "
             "write the guiding branch of others after a slash, as in --schedule 4:160,2:90/4:200,2:50"
         )
-    return guided
+    return PatchSchedule.weak_first(
+        num_steps=len(schedule),
+        weak_steps=num_weak,
+        guide_powerful_steps=powerful_steps,
+        weak=weak,
+        powerful=base,
+    )
 
 
 def _sampler(args: argparse.Namespace, loaded: LoadedModel, schedule: PatchSchedule) -> Sampler:
@@ -191,9 +191,9 @@ def _sample_all(
     plans: Sequence[Plan],
     samplers: Sequence[Sampler],
     codec: Codec | None,
+    batch_size: int,
 ) -> list[Result]:
     """Sample under one plan after the other; pictures are written as soon as they are there, the grid at the end."""
-    batch_size = _batch_size(args, len(y))
     warm_up(loaded, [step for plan in plans for step in plan.schedule], batch_size, **_guidance(args))
     costs = flops.forward_costs(loaded.model, merged=loaded.merged)
     per_step = [[step_flops(step, costs, s.is_guided) for step in s.schedule] for s in samplers]

@@ -34,7 +34,9 @@ _WARNINGS = (
 _ADVERTISEMENT = "Tip: For seamless"
 
 # Lines of jsonargparse's nested messages that name no cause.
-_BOILERPLATE = re.compile(r"Does not validate against any|Subtypes:|Errors:$|Expected a path|Expected a <class 'NoneType'>|Given value")
+_BOILERPLATE = re.compile(
+    r"Does not validate against any|Subtypes:|Errors:$|Expected a path|Expected a <class 'NoneType'>|Given value"
+)
 
 
 class _BadOption(ValueError):

@@ -192,7 +192,8 @@ def denoise_chain(
         with torch.set_grad_enabled(torch.is_grad_enabled() and index >= first_with_grad):
             now = _full(t - index, x_t)
             model_output = denoise(x_t, diffusion.model_timesteps(now), y, patch_size)
-            x_t = diffusion.ddpm_step(model_output, x_t, now, _noise_like(x_t, generator))
+            # "small" is what the sampler uses where the variance is not learned: the chain imitates it.
+            x_t = diffusion.ddpm_step(model_output, x_t, now, _noise_like(x_t, generator), "small")
     return x_t
 
 

@@ -9,16 +9,29 @@ O output channels (2 C with a learned variance, else C).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flexidit.config import DiTConfig
-from flexidit.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder
+from flexidit.layers import (
+    DiTBlock,
+    FinalLayer,
+    LabelEmbedder,
+    Masks,
+    TimestepEmbedder,
+    attention_masks,
+    join_tokens,
+    join_vectors,
+    split_tokens,
+)
 from flexidit.patch_embed import PatchEmbed, unpatchify
 from flexidit.patch_size import PatchSize, PatchSizeLike
 from flexidit.positions import patch_centres, sincos_2d
+from flexidit.token_layout import Packing, Segment, TokenLayout, split_attention
 
 
 class DiT(nn.Module):
@@ -27,6 +40,8 @@ class DiT(nn.Module):
     ``patch_size`` is a keyword without default at every call: which prediction is cheap and which is good is the
     caller's decision, and a forgotten argument must not quietly choose.
     """
+
+    can_pack = True  # takes several batches in one call; see forward
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -89,22 +104,40 @@ class DiT(nn.Module):
             table = self._sincos(size, self.input_size)
             self.register_buffer(f"pos_embed_{size.name}", table, persistent=False)
 
+    @overload
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, patch_size: PatchSizeLike, drop_ids: Tensor | None = None
-    ) -> Tensor:
-        """Args: ``drop_ids``: (N,) bool, labels to replace by the null label; None draws them while training.
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Sequence[Tensor],
+        t: Sequence[Tensor],
+        y: Sequence[Tensor],
+        *,
+        patch_size: Sequence[PatchSizeLike],
+        packing: Packing = split_attention,
+    ) -> list[Tensor]: ...
+
+    def forward(self, x, t, y, *, patch_size, drop_ids=None, packing=split_attention):  # type: ignore[no-untyped-def]
+        """One batch at one patch size; or several, in lists of equal length, in one pass through the blocks.
+
+        Args:
+            x: (N, C, H, W).
+            t: (N,).
+            y: (N,).
+            patch_size: one of ``patch_sizes``.
+            drop_ids: (N,) bool, labels to replace by the null label; None draws them while training.
+            packing: of several batches, which tokens are padded and which attend in one call. The predictions are
+                those of separate calls, whatever it is.
 
         Raises:
             ValueError: a patch size that the model was not made for.
         """
-        patch_size = self.check_patch_size(patch_size)
-        size = x.shape[2:]
-        c = self.t_embedder(t) + self.y_embedder(y, drop_ids)  # (N, D)
-        x = self.tokenize(x, patch_size)  # (N, T, D)
-        for block in self.blocks:
-            x = self._run(block, x, c, patch_size)  # (N, T, D)
-        x = self.final_layer(x, c, patch_size=patch_size)  # (N, T, P * O)
-        return unpatchify(x, patch_size, size)  # (N, O, H, W)
+        if isinstance(x, Tensor):
+            return self._predict([x], [t], [y], [patch_size], drop_ids, split_attention)[0]
+        return self._predict(x, t, y, patch_size, drop_ids, packing)
 
     def tokenize(self, x: Tensor, patch_size: PatchSize) -> Tensor:
         """Embedded patches with position and size: (N, C, H, W) -> (N, T, D)."""
@@ -131,10 +164,40 @@ class DiT(nn.Module):
             raise ValueError("this model was made with class_dropout_prob=0 and has no null label; use cfg_scale=1")
         return torch.full_like(y, self.num_classes)
 
-    def _run(self, block: nn.Module, x: Tensor, c: Tensor, patch_size: PatchSize) -> Tensor:
+    def _predict(
+        self,
+        x: Sequence[Tensor],
+        t: Sequence[Tensor],
+        y: Sequence[Tensor],
+        patch_sizes: Sequence[PatchSizeLike],
+        drop_ids: Tensor | None,
+        packing: Packing,
+    ) -> list[Tensor]:
+        sizes = [self.check_patch_size(size) for size in patch_sizes]
+        c = [self.t_embedder(ti) + self.y_embedder(yi, drop_ids) for ti, yi in zip(t, y, strict=True)]  # (N, D) each
+        tokens = [self.tokenize(xi, size) for xi, size in zip(x, sizes, strict=True)]  # (N, T, D) each
+        tokens = self._run_blocks(tokens, c, sizes, packing)
+        each = zip(tokens, c, sizes, x, strict=True)
+        out = ((self.final_layer(h, ci, patch_size=size), size, xi.shape[2:]) for h, ci, size, xi in each)
+        return [unpatchify(patches, size, latent_size) for patches, size, latent_size in out]  # (N, O, H, W) each
+
+    def _run_blocks(
+        self, tokens: Sequence[Tensor], c: Sequence[Tensor], sizes: Sequence[PatchSize], packing: Packing
+    ) -> list[Tensor]:
+        """Pad as the packing wants it, run, drop the padding: (N, T, D) each, (N, D) each -> (N, T, D) each."""
+        layout = packing([Segment(size, *h.shape[:2]) for size, h in zip(sizes, tokens, strict=True)])
+        masks = attention_masks(layout, tokens[0].device)
+        x = join_tokens(_pad(h, s.num_sequences, s.num_tokens) for h, s in zip(tokens, layout.segments, strict=True))
+        vectors = join_vectors(_pad(ci, s.num_sequences) for ci, s in zip(c, layout.segments, strict=True))  # (M, D)
+        for block in self.blocks:
+            x = self._run(block, x, vectors, layout, masks)  # (N, T, D), or joined
+        parts = zip(split_tokens(x, layout), tokens, strict=True)
+        return [part[: h.shape[0], : h.shape[1]] for part, h in parts]
+
+    def _run(self, block: nn.Module, x: Tensor, c: Tensor, layout: TokenLayout, masks: Masks) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, c, patch_size=patch_size, use_reentrant=False)
-        return block(x, c, patch_size=patch_size)
+            return checkpoint(block, x, c, layout=layout, masks=masks, use_reentrant=False)
+        return block(x, c, layout=layout, masks=masks)
 
     def _positions(self, patch_size: PatchSize, size: Sequence[int]) -> Tensor:
         """(1, T, D); computed here only for a latent size other than the configured one."""
@@ -149,3 +212,12 @@ class DiT(nn.Module):
         device = self.pos_embed.device
         _, rows, columns = patch_centres(size, patch_size, self.base_patch_size, positions=positions, device=device)
         return sincos_2d(rows, columns, self.config.hidden_size).to(self.pos_embed.dtype).unsqueeze(0)
+
+
+def _pad(x: Tensor, *lengths: int) -> Tensor:
+    """``x`` with zeros at the end of its first axes, up to these lengths."""
+    missing = [length - given for length, given in zip(lengths, x.shape, strict=False)]
+    if not any(missing):
+        return x
+    axes_to_last = [0] * (x.dim() - len(lengths)) + missing[::-1]
+    return F.pad(x, [n for extra in axes_to_last for n in (0, extra)])

@@ -18,11 +18,17 @@ from torch import Tensor, nn
 from flexidit.patch_size import PatchSize
 from flexidit.sampling import solvers
 from flexidit.sampling.guidance import Branch, combine, coupled_weak_scale, predict_pair, scale_of
+from flexidit.sampling.packing import PackingName, packing_of
 from flexidit.sampling.schedule import PatchSchedule, ScheduleStep
+from flexidit.token_layout import BlockWork, Packing, Segment
 
 
 class Denoiser(Protocol):
-    """What the sampler needs of a model; ``flexidit.models`` satisfies it, and so does any callable with these."""
+    """What the sampler needs of a model; ``flexidit.models`` satisfies it, and so does any callable with these.
+
+    One that says ``can_pack = True`` also takes lists: ``model([x1, x2], [t1, t2], [y1, y2], patch_size=[2, 4],
+    packing=...)`` returns the list of predictions, made in one pass.
+    """
 
     @property
     def patch_sizes(self) -> Sequence[PatchSize]:
@@ -49,7 +55,7 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """One forward pass that ran."""
+    """One batch of predictions at one patch size that ran: a forward pass, or what it packed of that size."""
 
     step: int
     """Index into the schedule."""
@@ -59,7 +65,9 @@ class Call:
     branch: Branch
     """"cond", "weak" (the weaker size, guiding) or "cond+uncond" (both in one batch)."""
     num_sequences: int
-    """Sequences in the batch: both branches, and padding, counted."""
+    """Sequences in the batch: both branches, and copies that fill the batch, counted."""
+    work: BlockWork | None = None
+    """What the model's blocks computed where packing has added to it; ``None``: these sequences, each by itself."""
 
 
 OnStep = Callable[[int, Tensor], None]
@@ -92,6 +100,7 @@ class Sampler:
         weak_guidance_scale: float | None = None,
         guidance_channels: int | None = None,
         num_train_timesteps: int = 1000,
+        packing: PackingName = "separate",
         autocast: torch.dtype | None = None,
         progress: bool = False,
     ) -> None:
@@ -107,11 +116,13 @@ class Sampler:
                 by the paper's rule; 1.0: none.
             guidance_channels: guide only the first so many latent channels; ``None``: all, 3: official DiT.
             num_train_timesteps: length of the noise schedule that the model was trained on.
+            packing: how the predictions of a step with two patch sizes become forward passes; see :mod:`.packing`.
             autocast: run the model under autocast to this dtype; ``None``: in the dtype of its parameters.
             progress: show a progress bar with the time left.
 
         Raises:
-            ValueError: a patch size that the model does not have, channels that do not exist, an impossible solver.
+            ValueError: a patch size that the model does not have, channels that do not exist, an impossible solver,
+                a packing for a model that cannot pack.
         """
         self.model = model
         self.solver = solver
@@ -120,6 +131,7 @@ class Sampler:
         self.weak_guidance_scale = coupled_weak_scale(cfg_scale) if weak_guidance_scale is None else weak_guidance_scale
         self.guidance_channels = guidance_channels
         self.num_train_timesteps = num_train_timesteps
+        self.packing = packing
         self.autocast = autocast
         self.progress = progress
         self.trace: list[Call] = []
@@ -204,7 +216,21 @@ class Sampler:
         scale = self._scale(step)
         if scale == 1:
             return forward(x, t, y, patch_size=step.cond, branch="cond")
-        cond, guiding = predict_pair(forward, x, t, y, null_y, step)
+        packing = packing_of(self.packing)
+
+        def forward_packed(
+            x: Sequence[Tensor],
+            t: Sequence[Tensor],
+            y: Sequence[Tensor],
+            *,
+            patch_sizes: Sequence[PatchSize],
+            branches: Sequence[Branch],
+        ) -> list[Tensor]:
+            assert packing is not None
+            for part in _calls(index, value, x, patch_sizes, branches, packing): self.trace.append(part)
+            return self._forward_packed(x, t, y, patch_sizes, packing)
+
+        cond, guiding = predict_pair(forward, x, t, y, null_y, step, None if packing is None else forward_packed)
         channels = self.guidance_channels
         return combine(cond, guiding, scale, in_channels=self.model.in_channels, guidance_channels=channels)
 

@@ -101,7 +101,9 @@ def test_flexible_models_do_not_fit_single_size_layouts(target: DiT, tmp_path: P
             save_checkpoint(flexify(target, [4]), tmp_path / "x", layout_format=layout)  # type: ignore[arg-type]
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_other(target: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file_and_no_other(
+    target: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save_checkpoint(target, tmp_path / "model.safetensors")
     before = path.read_bytes()
 
@@ -119,10 +121,10 @@ def test_damaged_and_foreign_files_are_named(target: DiT, tmp_path: Path) -> Non
     path = save_checkpoint(target, tmp_path / "model.safetensors")
     half = tmp_path / "half.safetensors"
     half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="half.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"half\.safetensors is damaged"):
         load_checkpoint(half)
     (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="noise.pt"):
+    with pytest.raises(ValueError, match=r"noise\.pt"):
         load_checkpoint(tmp_path / "noise.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds a list"):

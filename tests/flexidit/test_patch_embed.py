@@ -54,7 +54,9 @@ def test_resize_is_bilinear_interpolation(old: int, new: int) -> None:
 
 
 def test_a_large_shrink_sees_every_sample() -> None:
-    assert torch.equal(resize_matrix_1d(8, 2) @ torch.arange(8.0, dtype=torch.float64), torch.tensor([1.5, 5.5]).double())
+    assert torch.equal(
+        resize_matrix_1d(8, 2) @ torch.arange(8.0, dtype=torch.float64), torch.tensor([1.5, 5.5]).double()
+    )
 
 
 @pytest.mark.parametrize(("old", "new"), list(combinations_with_replacement(SIZES, 2)))

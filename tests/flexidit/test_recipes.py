@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flexidit import create_model, flexify
 from flexidit.models.dit import DiT
-from flexidit.recipes import added_parameters, trainable_parameters
+from flexidit.recipes import added_parameters, plain_copy, trainable_parameters
 
 Randomise = Callable[..., nn.Module]
 BATCH = (torch.tensor([3, 500]), torch.tensor([1, 9]))
@@ -147,3 +147,33 @@ def test_what_cannot_be_flexified_is_refused(target: DiT) -> None:
         flexify(target, [4], recipe="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="smaller than the pre-trained"):
         flexify(target, [4], underlying_patch_size=1)
+
+
+@pytest.mark.parametrize("recipe", ["shared", "lora"])
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_a_plain_copy_computes_what_the_student_does(
+    target: DiT, x: Tensor, recipe: str, patch_size: int, randomised: Randomise
+) -> None:
+    student = flexify(target, [4], recipe=recipe, rank=4, size_norms=False)  # type: ignore[arg-type]
+    randomised(student, seed=1)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    plain = plain_copy(student, patch_size)
+    fresh = create_model("DiT-Tiny/2", patch_size=patch_size, input_size=8, num_classes=10)
+    assert plain.config == fresh.config and set(plain.state_dict()) == set(fresh.state_dict())
+    expected = student(x, *BATCH, patch_size=patch_size)
+    torch.testing.assert_close(plain(x, *BATCH, patch_size=patch_size), expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_a_plain_copy_of_adapters_at_the_base_size_is_the_target(target: DiT, x: Tensor) -> None:
+    plain = plain_copy(flexify(target, [4], recipe="lora", rank=4), 2)
+    assert torch.equal(plain(x, *BATCH, patch_size=2), target(x, *BATCH, patch_size=2))
+    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_norms_of_a_weak_size_do_not_fit_into_a_plain_copy(target: DiT, x: Tensor) -> None:
+    student = flexify(target, [4])
+    expected = target(x, *BATCH, patch_size=2)
+    torch.testing.assert_close(plain_copy(student, 2)(x, *BATCH, patch_size=2), expected, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="layer norms of its own"):
+        plain_copy(student, 4)

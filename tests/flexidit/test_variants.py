@@ -23,7 +23,7 @@ def test_overrides() -> None:
 
 
 def test_unknown_names_and_fields_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="did you mean 'DiT-XL/2'.*DiT-S/2"):
+    with pytest.raises(ValueError, match=r"did you mean 'DiT-XL/2'.*DiT-S/2"):
         create_model("DiT-XL2")
     with pytest.raises(ValueError, match="did you mean 'hidden_size'"):
         create_model("DiT-S/2", hidden_sizes=3)

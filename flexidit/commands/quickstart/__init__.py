@@ -62,11 +62,16 @@ def tell(settings: QuickstartSettings, out: Path, *, quiet: bool = False) -> lis
     return [asdict(row) for row in story.rows(points)]
 
 
-def _measure(
-    student: DiT, judge: Judge, settings: QuickstartSettings, out: Path, console: object
-) -> list[CurvePoint]:
+def _measure(student: DiT, judge: Judge, settings: QuickstartSettings, out: Path, console: object) -> list[CurvePoint]:
     """All points, with a progress bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from flexidit.commands.quickstart.evaluation import measure, schedules
 

@@ -52,7 +52,7 @@ class Row:
 
 
 def _steps_in_words(schedule: str) -> str:
-    """"1x4x4:20,1x2x2:30" as "20 of 4x4, 30 of 2x2"."""
+    """ "1x4x4:20,1x2x2:30" as "20 of 4x4, 30 of 2x2"."""
     stages = [stage.split(":") for stage in schedule.split(",")]
     return ", ".join(f"{count} of {size.removeprefix('1x')}" for size, count in stages)
 

@@ -25,9 +25,7 @@ def published(test_data: Path) -> dict[str, dict[str, Tensor]]:
     ("name", "input_size"),
     [("DiT-XL-2-256 (facebookresearch/DiT)", 32), ("DiT-XL-2-512", 64), ("SiT-XL-2-256", 32)],
 )
-def test_public_checkpoints_load_strictly(
-    published: dict[str, dict[str, Tensor]], name: str, input_size: int
-) -> None:
+def test_public_checkpoints_load_strictly(published: dict[str, dict[str, Tensor]], name: str, input_size: int) -> None:
     state = published[name]
     with torch.device("meta"):
         model = create_model("DiT-XL/2", input_size=input_size)

@@ -21,9 +21,7 @@ def batch() -> Batch:
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_agrees_with_diffusers(depth: int, batch: Batch, randomised: Callable[..., nn.Module]) -> None:
-    model = create_model(
-        "DiT-Tiny/2", input_size=8, num_classes=10, depth=depth, frequency_shift=1, mlp_norm_eps=1e-5
-    )
+    model = create_model("DiT-Tiny/2", input_size=8, num_classes=10, depth=depth, frequency_shift=1, mlp_norm_eps=1e-5)
     randomised(model)
     peer = DiTTransformer2DModel(**config_to_diffusers(model.config))
     peer.load_state_dict(to_diffusers(model.state_dict(), depth))

@@ -1,0 +1,159 @@
+"""``flexidit fit`` as users run it: mistakes in one sentence, and a resume that nobody can tell from a whole run."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from flexidit import load_checkpoint
+from flexidit.cli import main
+
+CONFIG: dict[str, Any] = {
+    "seed_everything": 0,
+    "model": {
+        "class_path": "lightning_modules.ClassConditional",
+        "init_args": {
+            "target": {
+                "variant": "DiT-Tiny/2",
+                "overrides": {"input_size": 8, "in_channels": 1, "num_classes": 10, "depth": 1, "hidden_size": 32},
+            },
+            "flex": {"patch_sizes": [4]},
+            "matching": {"weight": 0.5, "start_step": 2, "every_n_steps": 2, "num_timesteps": 50},
+            "optimizer": {"lr": 1.0e-3, "warmup_steps": 8},
+        },
+    },
+    "data": {"class_path": "datamodules.digits.DigitsDataModule", "init_args": {"batch_size": 128}},
+    "trainer": {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": -1,
+        "use_distributed_sampler": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 3,
+        "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "version": ""}},
+        "callbacks": [
+            {"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.9}},
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"dirpath": "ckpt", "every_n_train_steps": 1, "save_top_k": 0, "save_last": True},
+            },
+        ],
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """In a folder of its own; the command's own filter on Lightning's log is taken off again."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    filters = list(logger.filters)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    yield
+    logger.filters[:] = filters
+
+
+def fit(*options: str) -> int:
+    return main(["fit", "-c", "run.yaml", *options])
+
+
+def losses(name: str) -> dict[int, dict[str, str]]:
+    """What was logged in training, as text, by step."""
+    with Path(name, "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    return {int(row["step"]): {key: value for key, value in row.items() if key.startswith("train/")} for row in rows}
+
+
+# An epoch has 12 batches: 7 steps end in the middle of the first, with accumulation in the middle of the second; and 6
+# right after a validation. Steps 4, 6, 8, ... have the matching loss.
+@pytest.mark.parametrize("steps, accumulate", [(7, 1), (6, 1), (7, 2)])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(steps: int, accumulate: int) -> None:
+    common = [f"--trainer.accumulate_grad_batches={accumulate}"]
+    whole = ["--trainer.logger.init_args.name=whole", "--trainer.callbacks.init_args.dirpath=whole/ckpt"]
+    assert fit(*common, *whole, f"--trainer.max_steps={2 * steps}") == 0
+    assert fit(*common, "--trainer.logger.init_args.name=first", f"--trainer.max_steps={steps}") == 0
+    torch.manual_seed(1234)
+    resumed = ["--trainer.logger.init_args.name=second", "--ckpt_path=last", "--seed_everything=9"]
+    assert fit(*common, *resumed, f"--trainer.max_steps={2 * steps}") == 0
+
+    expected = losses("whole")
+    assert len(expected) == 2 * steps
+    assert any(row["train/mmd"] for row in expected.values())
+    assert {**losses("first"), **losses("second")} == expected
+    one, other = (torch.load(path, weights_only=True) for path in ("whole/ckpt/last.ckpt", "ckpt/last.ckpt"))
+    assert one["global_step"] == other["global_step"] == 2 * steps
+    assert one["callbacks"]["EMA"]["num_updates"] == 2 * steps
+    for part in (
+        lambda c: c["state_dict"],
+        lambda c: c["callbacks"]["EMA"]["average"],
+        lambda c: {f"{i}.{k}": v for i, s in c["optimizer_states"][0]["state"].items() for k, v in s.items()},
+    ):
+        assert part(one)
+        assert all(torch.equal(value, part(other)[name]) for name, value in part(one).items())
+
+
+def test_the_last_checkpoint_is_a_model_and_can_be_validated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--trainer.max_steps=2") == 0
+    assert load_checkpoint("ckpt/last.ckpt").patch_sizes[1].name == "1x4x4"
+    assert main(["validate", "-c", "run.yaml", "--ckpt_path=ckpt/last.ckpt"]) == 0
+    assert "val/loss_1x4x4" in capsys.readouterr().out
+
+
+def test_last_without_a_checkpoint_starts_from_the_beginning() -> None:
+    assert fit("--trainer.max_steps=1", "--ckpt_path=last") == 0
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["-c", "missing.yaml"], "missing.yaml"),
+        (["--model", "lightning_modules.Nobody"], "no attribute 'Nobody'"),
+        (["--model.init_args.learning_rate", "1"], "'learning_rate' is not accepted"),
+        (["--model.init_args.target.checkpoint", "missing.pt"], "no checkpoint at missing.pt"),
+        (["--model.init_args.flex.patch_sizes", "[1]"], "1x1x1 is not larger than the pre-trained 1x2x2"),
+        (["--model.init_args.flex.patch_sizes", "4"], 'Parser key "patch_sizes"'),
+        (["--trainer.nothing", "1"], "unrecognized arguments: --trainer.nothing"),
+        (["--ckpt_path", "missing.ckpt"], "no checkpoint at missing.ckpt"),
+        (["--trainer.devices", "0"], "devices='0'"),
+        (["--data.init_args.size", "16"], "samples of shape (1, 16, 16), the model takes (1, 8, 8)"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(
+    options: list[str], complaint: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.fast_dev_run=1", *options) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("flexidit fit: ")
+    assert complaint in last
+
+
+def test_a_checkpoint_that_is_none_or_another_model_s_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": torch.zeros(1)}, "weights.pt")
+    assert fit("--ckpt_path=weights.pt", "--trainer.max_steps=1") == 2
+    assert "weights go to target.checkpoint" in capfd.readouterr().err
+    assert fit("--trainer.max_steps=1") == 0
+    assert fit("--trainer.max_steps=2", "--ckpt_path=last", "--model.init_args.flex.patch_sizes=[4,8]") == 2
+    assert "the checkpoint is of another model: Missing key" in capfd.readouterr().err
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(test_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    unsafe = next((test_data / "lightning_ckpts").rglob("*.ckpt"))
+    assert fit(f"--ckpt_path={unsafe}") == 2
+    assert "only running its code could rebuild" in capfd.readouterr().err
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    assert "flexidit fit" in capsys.readouterr().out
