@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from flexidit.config import DiTConfig
 from flexidit.patch_size import PatchSize, PatchSizeLike
 from flexidit.sampling.schedule import Order, PatchSchedule
+from flexidit.token_layout import BlockWork
 
 if TYPE_CHECKING:
     from flexidit.sampling.sampler import Call
@@ -78,8 +79,36 @@ def forward_flops(
         >>> round(forward_flops(DiTConfig(), 2) / 1e9, 2), round(forward_flops(DiTConfig(), 4) / 1e9, 2)
         (237.24, 58.09)
     """
-    config = _config_of(model_or_config)
-    return _forward(config, PatchSize.parse(patch_size), config.input_size if size is None else size, merged)
+    return batch_flops(model_or_config, patch_size, size=size, merged=merged)
+
+
+def batch_flops(
+    model_or_config: ModelOrConfig,
+    patch_size: PatchSizeLike,
+    num_sequences: int = 1,
+    work: BlockWork | None = None,
+    size: Sequence[int] | None = None,
+    merged: bool = True,
+) -> int:
+    """FLOPs of one batch of predictions.
+
+    Args:
+        model_or_config: what is priced.
+        patch_size: any size, also one that the model does not have (yet).
+        num_sequences: N.
+        work: what packing made of the batch in the blocks, where padding and masked keys are work like any other;
+            ``None``: N sequences, each by itself.
+        size: latent size; ``None``: ``config.input_size``.
+        merged: as in :func:`forward_flops`.
+
+    Raises:
+        ValueError: no formula is known for this kind of model.
+    """
+    config, patch_size = _config_of(model_or_config), PatchSize.parse(patch_size)
+    size = config.input_size if size is None else size
+    num_tokens = patch_size.num_tokens(size)
+    own_work = BlockWork(num_sequences, num_tokens, num_tokens)
+    return _batch(config, patch_size, num_sequences, own_work if work is None else work, size, merged)
 
 
 def forward_costs(
@@ -112,17 +141,15 @@ def schedule_cost(
         0.456
     """
     sizes = [step.cond for step in schedule] + [step.guide for step in schedule if guided]
-    return _price(model_or_config, Counter(sizes), size, merged)
+    return _price(model_or_config, [(patch_size, 1, None) for patch_size in sizes], size, merged)
 
 
 def trace_cost(
     model_or_config: ModelOrConfig, trace: Iterable[Call], size: Sequence[int] | None = None, merged: bool = True
 ) -> ScheduleCost:
-    """Cost of what a sampler ran, all samples and any padding of the last batch together."""
-    sequences: Counter[PatchSize] = Counter()
-    for call in trace:
-        sequences[call.patch_size] += call.num_sequences
-    return _price(model_or_config, sequences, size, merged)
+    """Cost of what a sampler ran, all samples and any padding, of the last batch or by packing, together."""
+    batches = [(call.patch_size, call.num_sequences, call.work) for call in trace]
+    return _price(model_or_config, batches, size, merged)
 
 
 def schedule_for_budget(
@@ -157,31 +184,39 @@ def schedule_for_budget(
 
 
 @singledispatch
-def _forward(config: object, patch_size: PatchSize, size: Sequence[int], merged: bool) -> int:
-    """FLOPs of one forward pass; each model family registers its own formula."""
-    known = ", ".join(kind.__name__ for kind in _forward.registry if kind is not object)
+def _batch(
+    config: object, patch_size: PatchSize, num_sequences: int, work: BlockWork, size: Sequence[int], merged: bool
+) -> int:
+    """FLOPs of one batch of predictions; each model family registers its own formula."""
+    known = ", ".join(kind.__name__ for kind in _batch.registry if kind is not object)
     raise ValueError(f"no FLOPs formula for {type(config).__name__}; known: {known}, or a model with such a .config")
 
 
-@_forward.register
-def _dit(config: DiTConfig, patch_size: PatchSize, size: Sequence[int], merged: bool) -> int:
+@_batch.register
+def _dit(
+    config: DiTConfig, patch_size: PatchSize, num_sequences: int, work: BlockWork, size: Sequence[int], merged: bool
+) -> int:
     num_tokens, width = patch_size.num_tokens(size), config.hidden_size  # T, D
-    mlp_width = int(width * config.mlp_ratio)
     out_channels = config.in_channels * (2 if config.learn_sigma else 1)
-    layers = [(width, 3 * width), (width, width), (width, mlp_width), (mlp_width, width)]  # qkv, proj, fc1, fc2
-    block = (
-        sum(_linear(num_tokens, *layer) for layer in layers)
-        + _attention(num_tokens, num_tokens, width)
-        + _linear(1, width, 6 * width)  # adaLN: one row per sample
-        + sum(_adapter(num_tokens, _adapter_rank(config, patch_size, merged), *layer) for layer in layers)
-    )
-    return (
+    both_ends = (
         _linear(num_tokens, config.in_channels * patch_size.volume, width)
         + _linear(1, _FREQUENCIES, width)
         + _linear(1, width, width)
-        + config.depth * block
         + _linear(1, width, 2 * width)  # adaLN of the final layer
         + _linear(num_tokens, width, out_channels * patch_size.volume)
+    )
+    rank = _adapter_rank(config, patch_size, merged)
+    return num_sequences * both_ends + work.num_sequences * config.depth * _dit_block(config, work, rank)
+
+
+def _dit_block(config: DiTConfig, work: BlockWork, rank: int) -> int:
+    """One block, for one sequence."""
+    width, mlp_width = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+    layers = [(width, 3 * width), (width, width), (width, mlp_width), (mlp_width, width)]  # qkv, proj, fc1, fc2
+    return (
+        sum(_linear(work.num_tokens, *layer) + _adapter(work.num_tokens, rank, *layer) for layer in layers)
+        + _attention(work.num_tokens, work.num_keys, width)
+        + _linear(1, width, 6 * width)  # adaLN: one row per sequence
     )
 
 
@@ -215,10 +250,16 @@ def _sizes_of(config: Any) -> tuple[PatchSize, ...]:
 
 
 def _price(
-    model_or_config: ModelOrConfig, sequences: Mapping[PatchSize, int], size: Sequence[int] | None, merged: bool
+    model_or_config: ModelOrConfig,
+    batches: Iterable[tuple[PatchSize, int, BlockWork | None]],
+    size: Sequence[int] | None,
+    merged: bool,
 ) -> ScheduleCost:
-    """Cost of so many sequences at each patch size."""
-    costs = {patch_size: forward_flops(model_or_config, patch_size, size, merged) for patch_size in sorted(sequences)}
+    """Cost of batches of so many sequences at a patch size, and of what packing made of them."""
+    by_size: Counter[PatchSize] = Counter()
+    num_predictions = 0
+    for (patch_size, num_sequences, work), times in Counter(batches).items():
+        by_size[patch_size] += times * batch_flops(model_or_config, patch_size, num_sequences, work, size, merged)
+        num_predictions += times * num_sequences
     powerful = forward_flops(model_or_config, _config_of(model_or_config).patch_size, size, merged)
-    by_size = {patch_size: costs[patch_size] * sequences[patch_size] for patch_size in costs}
-    return ScheduleCost(by_size, powerful_total=powerful * sum(sequences.values()))
+    return ScheduleCost(dict(sorted(by_size.items())), powerful_total=powerful * num_predictions)

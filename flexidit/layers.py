@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def adapted_linear(layer: nn.Module, x: Tensor, patch_size: PatchSize) -> Tensor:
+def adapted_linear(layer: Any, x: Tensor, patch_size: PatchSize) -> Tensor:
     """A linear layer, plus the low-rank adapter of ``patch_size`` where ``lora.py`` has attached one.
 
     Reads the parameters that peft holds, and none of its state: the active adapter is an argument here, so nothing
@@ -45,7 +46,7 @@ def adapted_linear(layer: nn.Module, x: Tensor, patch_size: PatchSize) -> Tensor
     return _add_adapter(layer, layer.base_layer(x), x, patch_size)
 
 
-def _add_adapter(layer: nn.Module, out: Tensor, x: Tensor, patch_size: PatchSize) -> Tensor:
+def _add_adapter(layer: Any, out: Tensor, x: Tensor, patch_size: PatchSize) -> Tensor:
     name = patch_size.name
     if name not in layer.lora_A:
         return out
@@ -69,7 +70,7 @@ def join_tokens(parts: Iterable[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
 
 
-def joint_linear(layer: nn.Module, x: Tensor, layout: TokenLayout) -> Tensor:
+def joint_linear(layer: Any, x: Tensor, layout: TokenLayout) -> Tensor:
     """:func:`adapted_linear` over all segments: the layer once, on joined tokens, and to each part its own adapter."""
     if len(layout.segments) == 1:
         return adapted_linear(layer, x, layout.segments[0].patch_size)
@@ -147,7 +148,7 @@ class Attention(nn.Module):
                 out[i] = part.reshape(*qkv[i].shape[:2], -1)  # (N, T, D)
         return joint_linear(self.proj, join_tokens(out), layout)
 
-    def _attend(self, parts: Sequence[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
+    def _attend(self, parts: list[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
         """Queries, keys and values that lie side by side in the same rows: (rows, tokens, 3 * D) -> same, D, each."""
         qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (rows, heads, L, D / heads) each

@@ -107,8 +107,21 @@ class DiffusionModule(LightningModule):
         loss = self.diffusion_loss(batch, patch_size, self.train_draws(batch, batch_idx))
         # Backward costs twice the forward; with frozen weights the half of it that is their gradient falls away.
         self.step_flops = (2 if self._is_frozen else 3) * self._forward_flops(patch_size)
-        self.log_dict({"train/loss": loss.detach(), f"train/loss_{patch_size.name}": loss.detach()})
+        self.log("train/loss", loss.detach())
+        self.log_now(f"train/loss_{patch_size.name}", loss, batch_idx)
         return loss
+
+    def log_now(self, name: str, value: Tensor, batch_idx: int) -> None:
+        """Log what only some steps have; ``self.log`` would repeat its last value at all the others.
+
+        The device is waited for only at the trainer's logging steps, and only by rank 0.
+        """
+        trainer = self.trainer
+        is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        interval = trainer.log_every_n_steps
+        if is_last and interval and (self.global_step + 1) % interval == 0 and trainer.is_global_zero:
+            for logger in self.loggers:
+                logger.log_metrics({name: value.item()}, step=self.global_step)
 
     def train_draws(self, batch: Mapping[str, Tensor], batch_idx: int) -> SampleDraws:
         """The draws of a micro-batch of the present step."""

@@ -156,7 +156,7 @@ def _warning(config: DiTConfig, missing: dict[str, Any], layout: str) -> str:
             "outputs differ a little, as they do for DiT's published weights in that layout"
         )
     sentences = [f"readers must be told {', '.join(told)}"] if told else []
-    sentences += [f"readers that are told nothing, such as DiT's own code, take {', '.join(differs)}"] if differs else []
+    sentences += [f"readers told nothing, such as DiT's own code, take {', '.join(differs)}"] if differs else []
     return f"the official layout does not hold everything: {'; '.join(sentences)}" if sentences else ""
 
 

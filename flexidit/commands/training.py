@@ -14,12 +14,13 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-_DESCRIPTION = """Train, validate, test or predict from configs, later ones overriding earlier ones.
-
-example:
-  flexidit fit -c configs/imagenet/class_conditional_xl2.yaml -c configs/trainer/ddp.yaml --trainer.max_steps 1000
-  flexidit fit -c configs/imagenet/class_conditional_xl2.yaml --ckpt_path last      # continue where it was
-"""
+_CONFIG = "configs/imagenet/class_conditional_xl2.yaml"
+_EXAMPLES = {
+    "fit": f"flexidit fit -c {_CONFIG} -c configs/trainer/ddp.yaml --ckpt_path last",
+    "validate": f"flexidit validate -c {_CONFIG} --ckpt_path last",
+    "test": f"flexidit test -c {_CONFIG} --ckpt_path last",
+    "predict": f"flexidit predict -c {_CONFIG} --ckpt_path last",
+}
 
 _KEYWORDS = ("last", "best", "hpc")
 """Checkpoints that Lightning finds by itself."""
@@ -75,7 +76,7 @@ def run(args: Sequence[str]) -> int:
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
-            parser_kwargs={"prog": "flexidit", "description": _DESCRIPTION},
+            parser_kwargs={"prog": "flexidit", **{name: {"description": _describe(name)} for name in _EXAMPLES}},
             args=list(args),
         )
     except (_BadOption, MisconfigurationException) as error:
@@ -91,6 +92,10 @@ def run(args: Sequence[str]) -> int:
             raise
         raise ValueError(f"the checkpoint is of another model: {_first_line(str(error))}") from error
     return 0
+
+
+def _describe(name: str) -> str:
+    return f"{name} from configs, of which later ones override earlier ones; for example: {_EXAMPLES[name]}"
 
 
 def _silence() -> None:

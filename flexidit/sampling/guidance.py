@@ -12,7 +12,6 @@ channels, of which the first C are eps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -33,20 +32,6 @@ class Forward(Protocol):
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, *, patch_size: PatchSize, branch: Branch) -> Tensor: ...
 
 
-class ForwardPacked(Protocol):
-    """One forward pass over several batches, each with its patch size and branch."""
-
-    def __call__(
-        self,
-        x: Sequence[Tensor],
-        t: Sequence[Tensor],
-        y: Sequence[Tensor],
-        *,
-        patch_sizes: Sequence[PatchSize],
-        branches: Sequence[Branch],
-    ) -> Sequence[Tensor]: ...
-
-
 def coupled_weak_scale(cfg_scale: float) -> float:
     """Weak-model guidance scale that goes with a classifier-free guidance scale.
 
@@ -65,29 +50,18 @@ def scale_of(step: ScheduleStep, cfg_scale: float, weak_guidance_scale: float) -
 
 
 def predict_pair(
-    forward: Forward,
-    x: Tensor,
-    t: Tensor,
-    y: Tensor,
-    null_y: Tensor,
-    step: ScheduleStep,
-    forward_packed: ForwardPacked | None = None,
+    forward: Forward, x: Tensor, t: Tensor, y: Tensor, null_y: Tensor, step: ScheduleStep
 ) -> tuple[Tensor, Tensor]:
     """Conditional and guiding prediction, each (N, C or 2C, H, W).
 
-    Equal sizes share one forward pass of 2N sequences, conditional ones first. Unequal sizes have unequal lengths:
-    they are packed into one pass by ``forward_packed``, and without it take one each.
+    Equal sizes share one forward pass of 2N sequences, conditional ones first; unequal sizes have unequal
+    lengths and take one pass each ("approach 2" of Fig. 12: the fewest FLOPs). ``packing.py`` has other ways.
     """
     if step.cond == step.guide:
         both = forward(
             torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_y]), patch_size=step.cond, branch="cond+uncond"
         )
         cond, guiding = both.chunk(2)
-        return cond, guiding
-    if forward_packed is not None:
-        cond, guiding = forward_packed(
-            [x, x], [t, t], [y, y], patch_sizes=[step.cond, step.guide], branches=["cond", "weak"]
-        )
         return cond, guiding
     cond = forward(x, t, y, patch_size=step.cond, branch="cond")
     guiding = forward(x, t, y, patch_size=step.guide, branch="weak")

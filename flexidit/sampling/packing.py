@@ -21,11 +21,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, get_args
 
+from flexidit.patch_size import PatchSize
 from flexidit.token_layout import Packing, Rows, Segment, TokenLayout, split_attention
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PackingName: TypeAlias = Literal["separate", "padded", "rows", "groups", "split"]
+
+
+class PackingDenoiser(Protocol):
+    """A model that makes several batches of predictions in one pass."""
+
+    can_pack: bool
+
+    def __call__(
+        self,
+        x: Sequence[Tensor],
+        t: Sequence[Tensor],
+        y: Sequence[Tensor],
+        *,
+        patch_size: Sequence[PatchSize],
+        packing: Packing,
+    ) -> Sequence[Tensor]:
+        """Batch by batch, (N, C, H, W), (N,), (N, ...) -> (N, C or 2C, H, W), each at its own patch size."""
 
 
 def pad_to_longest(segments: Sequence[Segment]) -> TokenLayout:
@@ -102,7 +123,5 @@ def _blocks(num_tokens: int, row_length: int) -> tuple[int, ...]:
 
 
 def _example() -> list[Segment]:
-    """Five images of the documentation's examples."""
-    from flexidit.patch_size import PatchSize
-
+    """Five images, for the examples above."""
     return [Segment(PatchSize.parse(2), 5, 256), Segment(PatchSize.parse(4), 5, 64)]

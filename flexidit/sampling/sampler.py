@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flexidit.patch_size import PatchSize
 from flexidit.sampling import solvers
 from flexidit.sampling.guidance import Branch, combine, coupled_weak_scale, predict_pair, scale_of
-from flexidit.sampling.packing import PackingName, packing_of
+from flexidit.sampling.packing import PackingDenoiser, PackingName, packing_of
 from flexidit.sampling.schedule import PatchSchedule, ScheduleStep
 from flexidit.token_layout import BlockWork, Packing, Segment
 
@@ -26,8 +26,7 @@ from flexidit.token_layout import BlockWork, Packing, Segment
 class Denoiser(Protocol):
     """What the sampler needs of a model; ``flexidit.models`` satisfies it, and so does any callable with these.
 
-    One that says ``can_pack = True`` also takes lists: ``model([x1, x2], [t1, t2], [y1, y2], patch_size=[2, 4],
-    packing=...)`` returns the list of predictions, made in one pass.
+    One that says ``can_pack = True`` is a :class:`PackingDenoiser` as well.
     """
 
     @property
@@ -217,31 +216,31 @@ class Sampler:
         if scale == 1:
             return forward(x, t, y, patch_size=step.cond, branch="cond")
         packing = packing_of(self.packing)
-
-        def forward_packed(
-            x: Sequence[Tensor],
-            t: Sequence[Tensor],
-            y: Sequence[Tensor],
-            *,
-            patch_sizes: Sequence[PatchSize],
-            branches: Sequence[Branch],
-        ) -> list[Tensor]:
-            assert packing is not None
-            for part in _calls(index, value, x, patch_sizes, branches, packing): self.trace.append(part)
-            return self._forward_packed(x, t, y, patch_sizes, packing)
-
-        cond, guiding = predict_pair(forward, x, t, y, null_y, step, None if packing is None else forward_packed)
+        if packing is None or step.cond == step.guide:
+            cond, guiding = predict_pair(forward, x, t, y, null_y, step)
+        else:
+            self.trace += _packed_calls(index, value, step, x, packing)
+            cond, guiding = self._forward_packed(x, t, y, (step.cond, step.guide), packing)
         channels = self.guidance_channels
         return combine(cond, guiding, scale, in_channels=self.model.in_channels, guidance_channels=channels)
 
     def _forward(self, x: Tensor, t: Tensor, y: Tensor, patch_size: PatchSize) -> Tensor:
         """The model in its own dtype, its answer in float32, where guidance and solver work."""
-        cast: AbstractContextManager[object] = nullcontext()
-        if self.autocast is not None:
-            cast = torch.autocast(x.device.type, dtype=self.autocast)
-        with cast:
+        with self._cast(x.device):
             output = self.model(x.to(_dtype_of(self.model)), t, y, patch_size=patch_size)
         return output.to(torch.float32, copy=True)  # a CUDA graph overwrites its output at the next call
+
+    def _forward_packed(
+        self, x: Tensor, t: Tensor, y: Tensor, patch_sizes: Sequence[PatchSize], packing: Packing
+    ) -> list[Tensor]:
+        """The predictions of several sizes for the same latents, in one pass; otherwise as :meth:`_forward`."""
+        model, x, count = cast(PackingDenoiser, self.model), x.to(_dtype_of(self.model)), len(patch_sizes)
+        with self._cast(x.device):
+            outputs = model([x] * count, [t] * count, [y] * count, patch_size=patch_sizes, packing=packing)
+        return [output.to(torch.float32, copy=True) for output in outputs]
+
+    def _cast(self, device: torch.device) -> AbstractContextManager[object]:
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
 
     def _scale(self, step: ScheduleStep) -> float:
         return scale_of(step, self.cfg_scale, self.weak_guidance_scale)
@@ -275,7 +274,22 @@ class Sampler:
         channels = self.guidance_channels
         if channels is not None and not 1 <= channels <= self.model.in_channels:
             raise ValueError(f"guidance_channels={channels} must lie between 1 and {self.model.in_channels}")
+        if packing_of(self.packing) is not None and not getattr(self.model, "can_pack", False):
+            raise ValueError(
+                f"packing={self.packing!r} needs a model that runs several patch sizes in one pass, which "
+                f"{type(self.model).__name__} does not (merged adapters make its sizes different weights); "
+                "give packing='separate'"
+            )
         self._make_solver()
+
+
+def _packed_calls(index: int, timestep: float, step: ScheduleStep, x: Tensor, packing: Packing) -> list[Call]:
+    """What one packed pass adds to the trace."""
+    layout = packing([Segment(size, len(x), size.num_tokens(x.shape[2:])) for size in (step.cond, step.guide)])
+    return [
+        Call(index, timestep, step.cond, "cond", len(x), layout.work(0)),
+        Call(index, timestep, step.guide, "weak", len(x), layout.work(1)),
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from flexidit import create_model, flexify
 from flexidit.checkpoint import save_checkpoint
 from flexidit.recipes import added_parameters
 from lightning_modules import ClassConditional
-from lightning_modules.settings import FlexSettings, MatchingSettings, OptimizerSettings, TargetSettings
+from lightning_modules.settings import FlexSettings, MatchingSettings, TargetSettings
 
 Fit = Callable[..., pl.Trainer]
 MATCHING = MatchingSettings(weight=0.5, chain={"4": 1, "2": 1}, num_timesteps=50)
@@ -30,6 +32,19 @@ class Gradients(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         self.names.append({name for name, p in pl_module.named_parameters() if p.grad is not None})
+
+
+class Total(Callback):
+    """What was minimised in the last step."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
+        self.value = outputs["loss"].item()
+
+
+def first_row(path: Path) -> dict[str, str]:
+    """The values that a logger wrote at the first step."""
+    with path.open() as file:
+        return {key: value for row in csv.DictReader(file) for key, value in row.items() if value}
 
 
 @pytest.fixture
@@ -94,17 +109,19 @@ def test_the_matching_loss_starts_and_pauses_as_configured(target: TargetSetting
     assert matched == [4, 6]
 
 
-def test_the_matching_loss_adds_to_the_loss(target: TargetSettings, fit: Fit) -> None:
-    logged = []
+def test_the_matching_loss_adds_to_the_loss(target: TargetSettings, fit: Fit, tmp_path: Path) -> None:
+    totals, logged = [], []
     for weight in (0.0, 2.0):
-        module = ClassConditional(
-            target, matching=MatchingSettings(**{**vars(MATCHING), "weight": weight}), optimizer=OptimizerSettings(lr=0.0)
-        )
-        trainer = fit(module, max_steps=1)
-        logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
-    assert logged[0]["train/loss"] == logged[1]["train/loss"]  # DiT's loss alone
+        settings = MatchingSettings(**{**vars(MATCHING), "weight": weight})
+        logger = CSVLogger(tmp_path, name=f"weight-{weight}", version="")
+        module = ClassConditional(target, matching=settings)
+        fit(module, max_steps=1, callbacks=[total := Total()], logger=logger, log_every_n_steps=1)
+        totals.append(total.value)
+        row = first_row(tmp_path / f"weight-{weight}" / "metrics.csv")
+        logged.append({name: float(value) for name, value in row.items()})
+    assert logged[0]["train/loss"] == logged[1]["train/loss"] == totals[0]  # DiT's loss alone
     assert "train/mmd" not in logged[0]
-    assert logged[1]["train/mmd"] > 0
+    assert totals[1] == pytest.approx(totals[0] + 2 * logged[1]["train/mmd"], rel=1e-5)
 
 
 def test_the_base_size_starts_as_the_target(target: TargetSettings) -> None:

@@ -176,10 +176,10 @@ def _summary(table: Sequence[Row]) -> str:
 def _steps(settings: QuickstartSettings, drift: float) -> list[str]:
     weak, powerful = settings.weak_patch_size, settings.patch_size
     return [
-        f"A class-conditional DiT ({settings.depth} layers, width {settings.hidden_size}) was trained on 8x8 pixels with "
-        f"patches of {powerful}x{powerful}: {settings.pretraining_steps} steps.",
-        f"It was flexified to patches of {weak}x{weak} too (recipe 'shared'). Before any training the student repeats the "
-        f"target at patch size {powerful}; the largest difference was {drift:.1e}.",
+        f"A class-conditional DiT ({settings.depth} layers, width {settings.hidden_size}) was trained on 8x8 pixels "
+        f"with patches of {powerful}x{powerful}: {settings.pretraining_steps} steps.",
+        f"It was flexified to patches of {weak}x{weak} too (recipe 'shared'). Before any training the student repeats "
+        f"the target at patch size {powerful}; the largest difference was {drift:.1e}.",
         f"The student was fine-tuned for {settings.fine_tuning_steps} steps, one patch size per step, the distribution-"
         f"matching loss of appendix B.1 from step {settings.mmd_start_step}.",
         f"Samples: DDPM with {settings.num_sampling_steps} steps and guidance {settings.cfg_scale}; the cost of a "

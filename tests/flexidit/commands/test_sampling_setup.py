@@ -73,7 +73,7 @@ def test_lists_of_numbers() -> None:
     assert setup.parse_numbers("3, 5-7", int, "--classes") == [3, 5, 6, 7]
     assert setup.parse_numbers("1e-1,0.5", float, "--budget") == [0.1, 0.5]
     for text in ("", "a", "1,,2", "7-5", "1.5", "1-"):
-        with pytest.raises(ValueError, match="--classes .* not a list of numbers"):
+        with pytest.raises(ValueError, match=r"--classes .* not a list of numbers"):
             setup.parse_numbers(text, int, "--classes")
     with pytest.raises(ValueError, match="3 twice"):
         setup.parse_numbers("3,1-4", int, "--classes")

@@ -1,0 +1,135 @@
+"""Every shipped config, alone and with each trainer config, becomes a module, data and a trainer."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from callbacks.ema import EMA
+from flexidit import create_model, load_checkpoint
+from flexidit.cli import main
+from lightning_modules.base import DiffusionModule
+from lightning_modules.settings import TargetSettings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "trainer")
+TRAINERS = sorted((CONFIGS / "trainer").glob("*.yaml"))
+XL2 = CONFIGS / "imagenet" / "class_conditional_xl2.yaml"
+
+
+def ids(path: Path) -> str:
+    return path.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+def parse(folder: Path, *configs: Path) -> Any:
+    """Everything that the command would make, on a CPU, evaluators without their weights."""
+    args = []
+    for index, path in enumerate(configs):
+        copy = folder / f"{index}.yaml"
+        copy.write_text(yaml.safe_dump(without_files(yaml.safe_load(path.read_text()))))
+        args += ["-c", str(copy)]
+    return LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        run=False,
+        args=[*args, "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1"],
+    )
+
+
+def without_files(value: Any) -> Any:
+    """Feature extractors read their weights when they are made; a classifier without weights stands in."""
+    if isinstance(value, list):
+        return [without_files(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if str(value.get("class_path", "")).startswith("flexidit.metrics.features."):
+        return {"class_path": "flexidit.metrics.digit_classifier.DigitClassifier"}
+    return {key: without_files(item) for key, item in value.items()}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *TRAINERS], ids=ids)
+def test_a_config_opens_with_its_command_hardware_and_expected_result(path: Path) -> None:
+    head = "\n".join(takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
+    assert f"configs/{ids(path)}.yaml" in head
+    assert "# Hardware: " in head
+    assert "Expected: " in head
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_a_recipe_is_complete(path: Path, tmp_path: Path) -> None:
+    cli = parse(tmp_path, path)
+    trainer = cli.trainer
+    assert isinstance(cli.model, DiffusionModule)
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    folder = Path(trainer.default_root_dir)
+    assert Path(trainer.logger.log_dir) == folder  # one run, one folder: `--ckpt_path last` finds it again
+    saver = trainer.checkpoint_callback
+    assert isinstance(saver, ModelCheckpoint)
+    assert Path(saver.dirpath or "").resolve() == (folder / "checkpoints").resolve()
+    assert saver.save_last
+    assert trainer.max_steps % saver._every_n_train_steps == 0  # the end of the run is saved
+    assert [type(callback) for callback in trainer.callbacks].count(EMA) == 1
+
+
+@pytest.mark.parametrize("trainer_config", TRAINERS, ids=ids)
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_any_trainer_config_follows_any_recipe(path: Path, trainer_config: Path, tmp_path: Path) -> None:
+    assert list(yaml.safe_load(trainer_config.read_text())) == ["trainer"]
+    strategy = parse(tmp_path, path, trainer_config).trainer.strategy
+    expected = {"ddp": DDPStrategy, "fsdp": ModelParallelStrategy}.get(trainer_config.stem)
+    assert expected is None or isinstance(strategy, expected)
+
+
+def test_the_xl_recipe_is_table_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(XL2), "-c", str(CONFIGS / "trainer" / "ddp.yaml"), "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    model, trainer = config["model"]["init_args"], config["trainer"]
+    assert (model["optimizer"]["lr"], model["optimizer"]["weight_decay"]) == (1e-4, 0.0)
+    assert (model["flex"]["recipe"], model["matching"]["num_timesteps"]) == ("shared", 250)
+    average = next(c["init_args"] for c in trainer["callbacks"] if c["class_path"] == "callbacks.ema.EMA")
+    assert (average["decay"], average["every_n_steps"]) == (0.9999, 1)
+    assert config["data"]["init_args"]["batch_size"] * trainer["devices"] == 256
+    assert trainer["precision"] == "bf16-mixed"
+    sampled = next(c["init_args"] for c in trainer["callbacks"] if c["class_path"].endswith("FIDFlops"))
+    assert (sampled["solver"], sampled["num_sampling_steps"]) == ("ddpm", 250)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_a_recipe_s_model_exists(path: Path) -> None:
+    settings = TargetSettings(**yaml.safe_load(path.read_text())["model"]["init_args"]["target"])
+    if settings.variant is None:
+        assert settings.checkpoint  # of another recipe
+        return
+    with torch.device("meta"):
+        model = create_model(settings.variant, **settings.overrides)
+    if "cifar10" in path.parts:
+        assert 20e6 < sum(p.numel() for p in model.parameters()) < 35e6
+
+
+def test_the_quick_start_s_recipes_follow_one_another() -> None:
+    short = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.callbacks.init_args.every_n_train_steps=2"]
+    for name in ("pretraining", "class_conditional"):
+        assert main(["fit", "-c", str(CONFIGS / "quickstart" / f"{name}.yaml"), *short]) == 0
+    student = load_checkpoint("runs/quickstart_class_conditional/checkpoints/last.ckpt")
+    assert [size.name for size in student.patch_sizes] == ["1x2x2", "1x4x4"]
+    assert list(Path("runs/quickstart_class_conditional/samples").glob("*.png"))
