@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from flexidit import flops
     from flexidit.checkpoint import load_checkpoint, save_checkpoint
-    from flexidit.recipes import flexify
     from flexidit.patch_size import PatchSize
+    from flexidit.recipes import flexify
     from flexidit.sampling.sampler import Sampler
     from flexidit.sampling.schedule import PatchSchedule
     from flexidit.variants import create_model

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexidit.config import DiTConfig, config_from_dict, config_to_dict
-from flexidit.recipes import flexify
+from flexidit.files import replacing
 from flexidit.layouts import dit as layout
 from flexidit.models.dit import DiT
+from flexidit.recipes import flexify
 
 Format = Literal["flexidit", "official", "diffusers"]
 
@@ -79,7 +77,7 @@ def save_checkpoint(model: DiT, path: str | Path, *, layout_format: Format = "fl
             "(lora: merge a weak size, shared: pick any size)"
         )
     if layout_format == "official":
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             torch.save(model.state_dict(), temporary)
         return path
     return _save_diffusers(model, path)
@@ -178,7 +176,7 @@ def _save_diffusers(model: DiT, folder: Path) -> Path:
     state = layout.to_diffusers(model.state_dict(), model.config.depth)
     folder.mkdir(parents=True, exist_ok=True)
     _save_safetensors(state, folder / _DIFFUSERS_WEIGHTS, {"format": "pt"})
-    with _replacing(folder / "config.json") as temporary:
+    with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
     return folder
 
@@ -198,7 +196,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _save_safetensors(state: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> Path:
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=header)
     return path
 
@@ -239,20 +237,3 @@ def _resolve(path: str | Path) -> Path:
         raise FileNotFoundError(
             f"{path} is neither a file here nor a model that the hub gives now ({reason}); give a local path"
         ) from None
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place, flushed to disk, if the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from flexidit.files import write_atomically
 from flexidit.images import CROP, BrokenImageError, ImageIndex, read_pixels
 from flexidit.latent_shards import (
     METADATA_FILE,
@@ -23,7 +24,6 @@ from flexidit.latent_shards import (
     check_fingerprint,
     make_fingerprint,
     sha256_of,
-    write_atomically,
 )
 from flexidit.latents import CodecDtype, LatentCodec, latent_size
 from flexidit.skips import Skip, SkipReport

@@ -16,7 +16,6 @@ draws new latents and flips as training from pixels would. Files appear under th
 import hashlib
 import json
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flexidit.draws import Draw, draw_flip, draw_noise
+from flexidit.files import write_atomically
 from flexidit.skips import SkipReport
 
 FORMAT = "flexidit-latents-1"
@@ -121,16 +121,6 @@ class Metadata:
         total_mean = (count * mean).sum(0) / count.sum()
         square = (count * (std.square() + mean.square())).sum(0) / count.sum()
         return {"mean": total_mean.tolist(), "std": (square - total_mean.square()).clamp(min=0).sqrt().tolist()}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that either has all of its content or does not exist under its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
 
 
 def sha256_of(path: Path) -> str:

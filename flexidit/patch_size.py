@@ -74,7 +74,7 @@ class PatchSize:
         return (self.t, self.h, self.w)
 
     def grid(self, size: Sequence[int]) -> tuple[int, int, int]:
-        """Number of patches along each axis of an ``(H, W)`` or ``(F, H, W)`` latent, the last one padded if need be."""
+        """Patches along each axis of an ``(H, W)`` or ``(F, H, W)`` latent, the last one padded if need be."""
         frames, height, width = as_volume(size)
         return (math.ceil(frames / self.t), math.ceil(height / self.h), math.ceil(width / self.w))
 

@@ -7,6 +7,8 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from flexidit.files import write_atomically
+
 _STYLE = (
     "body{font:16px/1.55 system-ui,sans-serif;color:#20242c;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}"
     "h1{font-size:1.7rem;line-height:1.25;margin:0 0 .6rem}h2{font-size:1.2rem;margin:2.4rem 0 .5rem}"
@@ -63,8 +65,6 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def write_page(path: Path, title: str, parts: Iterable[str]) -> Path:
-    """Write :func:`page`, whole at every moment: an interrupted write leaves the old file."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(page(title, parts), encoding="utf-8")
-    partial.replace(path)
+    """Write :func:`page`; returns the path."""
+    write_atomically(path, page(title, parts).encode())
     return path

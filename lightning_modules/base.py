@@ -118,7 +118,7 @@ class DiffusionModule(LightningModule):
         """
         trainer = self.trainer
         is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        interval = trainer.log_every_n_steps
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if is_last and interval and (self.global_step + 1) % interval == 0 and trainer.is_global_zero:
             for logger in self.loggers:
                 logger.log_metrics({name: value.item()}, step=self.global_step)
@@ -256,7 +256,8 @@ class DiffusionModule(LightningModule):
             board.add_figure("val/gap", gap_figure(GAP_TIMESTEPS, self._gap), self.global_step)
 
     def _tensorboards(self) -> Iterator[Any]:
-        return (logger.experiment for logger in self.loggers if hasattr(logger.experiment, "add_figure"))
+        writers = (getattr(logger, "experiment", None) for logger in self.loggers)
+        return (writer for writer in writers if hasattr(writer, "add_figure"))
 
     def _forward_flops(self, patch_size: PatchSize) -> int:
         from flexidit.flops import forward_flops

@@ -1,4 +1,4 @@
-"""Full fine-tuning of a flexible class-conditional transformer (paper, sections 3.1 and 4.1, appendices B.1 and C.2)."""
+"""Full fine-tuning of a flexible class-conditional transformer (paper, sections 3.1, 4.1, B.1 and C.2)."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _checked_student(student: DiT, flex: FlexSettings) -> DiT:
     if set(found.weak_patch_sizes) != wanted or found.recipe != flex.recipe:
         sizes = ", ".join(size.name for size in found.weak_patch_sizes)
         raise ValueError(
-            f"target.checkpoint is flexible already (recipe {found.recipe!r}, patch sizes {sizes}), and the config asks "
+            f"target.checkpoint is flexible already (recipe {found.recipe!r}, patch sizes {sizes}), the config asks "
             f"for recipe {flex.recipe!r} and {', '.join(sorted(size.name for size in wanted))}: make both agree"
         )
     return student

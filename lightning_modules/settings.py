@@ -42,8 +42,7 @@ class TargetSettings:
             return create_model(self.variant, **self.overrides)
         expected = None if self.variant is None else variant_config(self.variant, **self.overrides)
         # Official weights do not tell their number of heads, unless their width is a published one.
-        known = {} if expected is None else {"num_heads": expected.num_heads}
-        model = load_checkpoint(self.checkpoint, **known)
+        model = load_checkpoint(self.checkpoint, num_heads=expected.num_heads if expected else None)
         if expected is not None:
             for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_classes"):
                 given, wanted = getattr(model.config, name), getattr(expected, name)

@@ -25,7 +25,7 @@ from flexidit.commands.sampling_setup import (
     progress_bar,
     warm_up,
 )
-from flexidit.latent_shards import write_atomically
+from flexidit.files import write_atomically
 from flexidit.metrics.curve import Candidate, Evaluation, SamplingSettings, Series, candidates, cost_per_image
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.features import FeatureExtractor

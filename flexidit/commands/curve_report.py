@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from flexidit.latent_shards import write_atomically
+from flexidit import report
+from flexidit.files import write_atomically
 from flexidit.metrics.curve_points import CurvePoint
 from flexidit.plots import curve_figure
 
@@ -64,7 +63,7 @@ def write_report(out: Path, header: Mapping[str, Any], points: Sequence[CurvePoi
     }
     for name, content in pictures.items():
         write_atomically(out / name, content)
-    write_atomically(out / "curve.html", _page(header, points, list(pictures.values())).encode())
+    report.write_page(out / "curve.html", "Quality against compute", _parts(header, points, list(pictures.values())))
 
 
 def _timed(points: Sequence[CurvePoint], header: Mapping[str, Any]) -> Figure:
@@ -96,34 +95,11 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;color:#20242c;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;margin:1.5rem 0}td,th{text-align:right;padding:.3rem .8rem;"
-    "border-bottom:1px solid #d9dce1}td:first-child,th:first-child{text-align:left}th{color:#707680;font-weight:500}"
-    "img{max-width:100%}"
-)
-
-
-def _page(header: Mapping[str, Any], points: Sequence[CurvePoint], pictures: Sequence[bytes]) -> str:
-    """One file with pictures inside: it can be sent and opened anywhere."""
-    images = "".join(
-        f'<p><img alt="curve" src="data:image/png;base64,{base64.b64encode(content).decode()}"></p>'
-        for content in pictures
-    )
-    settings = [(name, json.dumps(value)) for name, value in header["settings"].items()]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Quality against compute</title>'
-        f"<style>{_STYLE}</style></head><body><h1>Quality against compute</h1>{images}"
-        f"{_table(HEADINGS, table_rows(points))}{_floor_sentence(header['floor'])}"
-        f"<h2>Settings</h2>{_table(('name', 'value'), settings)}</body></html>\n"
-    )
-
-
-def _table(headings: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
-    first = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    return f"<table><tr>{first}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _floor_sentence(floor: float | None) -> str:
-    return "" if floor is None else f"<p>Real images against the reference: {floor:.3f}.</p>"
+def _parts(header: Mapping[str, Any], points: Sequence[CurvePoint], pictures: Sequence[bytes]) -> Iterator[str]:
+    """Pictures, numbers, settings."""
+    yield from (report.picture(content, "quality against compute") for content in pictures)
+    yield report.table(HEADINGS, table_rows(points))
+    if header["floor"] is not None:
+        yield report.paragraph(f"Real images against the reference: {header['floor']:.3f}.")
+    yield report.heading("Settings")
+    yield report.table(("name", "value"), ((name, json.dumps(value)) for name, value in header["settings"].items()))

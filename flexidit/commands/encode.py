@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flexidit.commands.sampling_setup import pick_device
 from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeResult, EncodeSettings, encode_images
 from flexidit.latents import LatentCodec
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FileNotFoundError, ValueError: in one sentence, on input that cannot be used.
     """
-    device = _device(args.device)
+    device = str(pick_device(args.device))
     batch_size = args.batch_size if args.batch_size is not None else (4 if device == "cpu" else 32)
     workers = max(0, args.workers)
     settings = EncodeSettings(args.size, args.shard_size, batch_size, args.dtype, not args.no_flip, workers)
@@ -58,19 +59,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _default_workers() -> int:
     return min(8, max(0, (os.cpu_count() or 1) - 1))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    # torch raises AssertionError for cuda without a driver, RuntimeError for names it does not know
-    except (AssertionError, RuntimeError, ImportError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
-    return name
 
 
 @contextmanager

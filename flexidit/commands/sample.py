@@ -31,7 +31,7 @@ from flexidit.commands.sampling_setup import (
     step_flops,
     warm_up,
 )
-from flexidit.latent_shards import write_atomically
+from flexidit.files import write_atomically
 from flexidit.metrics.curve import candidates
 from flexidit.patch_size import PatchSize
 from flexidit.pictures import GridRow, draw_grid, to_image

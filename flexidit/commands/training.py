@@ -40,7 +40,7 @@ _BOILERPLATE = re.compile(
 )
 
 
-class _BadOption(ValueError):
+class _OptionError(ValueError):
     """A config or an option that the parser refuses; several lines, one in another."""
 
 
@@ -48,7 +48,7 @@ class _Parser(LightningArgumentParser):
     """Says what is wrong in one sentence instead of printing all options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise _BadOption(message) from ex
+        raise _OptionError(message) from ex
 
 
 class _CLI(LightningCLI):
@@ -79,7 +79,7 @@ def run(args: Sequence[str]) -> int:
             parser_kwargs={"prog": "flexidit", **{name: {"description": _describe(name)} for name in _EXAMPLES}},
             args=list(args),
         )
-    except (_BadOption, MisconfigurationException) as error:
+    except (_OptionError, MisconfigurationException) as error:
         raise ValueError(_sentence(str(error))) from error
     except pickle.UnpicklingError as error:
         raise ValueError("the checkpoint holds objects that only running its code could rebuild: refused") from error

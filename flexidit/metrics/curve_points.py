@@ -6,8 +6,11 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from flexidit.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,11 @@ class CurvePoint:
 
 def write_csv(points: Iterable[CurvePoint], path: str | os.PathLike[str]) -> None:
     """One row a point, whole at every moment: an interrupted write leaves the old file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="ascii", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(CurvePoint)])
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in points)
-    partial.replace(target)
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in fields(CurvePoint)])
+    writer.writeheader()
+    writer.writerows(asdict(point) for point in points)
+    write_atomically(Path(path), text.getvalue().encode("ascii", "backslashreplace"))
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[CurvePoint]:

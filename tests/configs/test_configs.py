@@ -127,7 +127,11 @@ def test_a_recipe_s_model_exists(path: Path) -> None:
 
 
 def test_the_quick_start_s_recipes_follow_one_another() -> None:
-    short = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.callbacks.init_args.every_n_train_steps=2"]
+    short = [
+        "--trainer.max_steps=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.callbacks.init_args.every_n_train_steps=2",
+    ]
     for name in ("pretraining", "class_conditional"):
         assert main(["fit", "-c", str(CONFIGS / "quickstart" / f"{name}.yaml"), *short]) == 0
     student = load_checkpoint("runs/quickstart_class_conditional/checkpoints/last.ckpt")

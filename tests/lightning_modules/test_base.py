@@ -161,7 +161,12 @@ def test_validation_logs_losses_gap_and_a_figure(tiny: TargetSettings, fit: Fit,
 
 def test_validation_is_judged_on_the_same_draws_whatever_the_batch(tiny: TargetSettings, fit: Fit) -> None:
     def judged(batch_size: int) -> float:
-        options = {"limit_val_batches": 1.0, "num_sanity_val_steps": 0, "val_check_interval": 1, "limit_train_batches": 1}
+        options = {
+            "limit_val_batches": 1.0,
+            "num_sanity_val_steps": 0,
+            "val_check_interval": 1,
+            "limit_train_batches": 1,
+        }
         module = Pretraining(tiny, optimizer=OptimizerSettings(lr=0.0))
         trainer = fit(module, 1, batch_size, precision="64-true", **options)
         return trainer.callback_metrics["val/loss_1x2x2"].item()
@@ -195,7 +200,11 @@ def test_senseless_weights_are_refused(tiny: TargetSettings, given: dict[str, fl
 
 @pytest.mark.parametrize(
     "overrides, complaint",
-    [({"in_channels": 4}, "samples of shape"), ({"input_size": 16}, "samples of shape"), ({"num_classes": 9}, "10 classes")],
+    [
+        ({"in_channels": 4}, "samples of shape"),
+        ({"input_size": 16}, "samples of shape"),
+        ({"num_classes": 9}, "10 classes"),
+    ],
 )
 def test_data_that_do_not_fit_the_model_are_refused(
     tiny: TargetSettings, fit: Fit, overrides: dict[str, int], complaint: str

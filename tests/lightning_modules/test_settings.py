@@ -32,7 +32,7 @@ def test_the_cosine_rises_linearly_and_ends_at_zero() -> None:
 
 @pytest.mark.parametrize("max_steps", [-1, 0, math.inf])
 def test_a_cosine_needs_an_end(max_steps: float) -> None:
-    with pytest.raises(ValueError, match="needs trainer.max_steps"):
+    with pytest.raises(ValueError, match=r"needs trainer.max_steps"):
         OptimizerSettings(decay="cosine").factor(max_steps)
 
 
@@ -47,7 +47,7 @@ def test_a_target_is_the_variant_with_the_checkpoint_s_weights(tmp_path: Path) -
 
 def test_a_checkpoint_of_another_model_than_the_variant_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(create_model("DiT-Tiny/2", **TINY), tmp_path / "target.safetensors")
-    with pytest.raises(ValueError, match="has num_classes=10, but target.variant and target.overrides say 1000"):
+    with pytest.raises(ValueError, match=r"has num_classes=10, but target.variant and target.overrides say 1000"):
         TargetSettings("DiT-Tiny/2", {**TINY, "num_classes": 1000}, str(path)).build()
 
 

@@ -131,9 +131,7 @@ def test_last_without_a_checkpoint_starts_from_the_beginning() -> None:
         (["--data.init_args.size", "16"], "samples of shape (1, 16, 16), the model takes (1, 8, 8)"),
     ],
 )
-def test_mistakes_end_in_one_sentence(
-    options: list[str], complaint: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_end_in_one_sentence(options: list[str], complaint: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.fast_dev_run=1", *options) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("flexidit fit: ")
