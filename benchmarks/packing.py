@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import get_args
@@ -54,7 +55,7 @@ def make_student(args: argparse.Namespace) -> DiT:
     overrides = {"input_size": args.input_size} | ({} if args.depth is None else {"depth": args.depth})
     student = flexify(create_model(args.model, **overrides), [args.weak], args.recipe, rank=args.rank)
     for parameter in student.requires_grad_(False).parameters():
-        parameter.normal_(std=0.02)
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)  # not DiT's own, with which every prediction is zero
     return student.to(args.device, getattr(torch, args.dtype)).eval()
 
 
@@ -72,7 +73,7 @@ def make_ways(student: DiT, num_images: int) -> dict[str, Callable[[], list[Tens
     def packed(name: str) -> list[Tensor]:
         return student([x, x], [t, t], [y, y], patch_size=sizes, packing=PACKINGS[name])
 
-    return {name: separate if name == "separate" else lambda name=name: packed(name) for name in NAMES}
+    return {name: separate if name == "separate" else partial(packed, name) for name in NAMES}
 
 
 def step_flops(student: DiT, name: str, num_images: int) -> int:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -160,9 +161,10 @@ class Mlp(PlainMlp):
     """timm's two-layer perceptron with tanh GELU, its linear layers adapted per patch size: same shape in and out."""
 
     def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
-        super().__init__(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        gelu: Any = partial(nn.GELU, approximate="tanh")
+        super().__init__(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
 
-    def forward(self, x: Tensor, *, layout: TokenLayout) -> Tensor:
+    def forward(self, x: Tensor, *, layout: TokenLayout) -> Tensor:  # type: ignore[override]
         return joint_linear(self.fc2, self.act(joint_linear(self.fc1, x, layout)), layout)
 
 
@@ -179,7 +181,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.features(t).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
     def features(self, t: Tensor) -> Tensor:
         """Cosines, then sines, in float32: (N,) -> (N, 256)."""

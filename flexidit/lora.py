@@ -67,7 +67,8 @@ def merged_copy(student: DiT, patch_size: PatchSizeLike) -> DiT:
     assert isinstance(embed, nn.Conv2d | nn.Conv3d) and embed.bias is not None and isinstance(own, nn.Linear)
     embed.bias.add_(merged.size_embedder[size.name])
     merged.x_embedder.proj = embed
-    merged.final_layer.linear.weight, merged.final_layer.linear.bias = own.weight, own.bias
+    merged.final_layer.linear.weight = nn.Parameter(own.weight)
+    merged.final_layer.linear.bias = nn.Parameter(own.bias)
     for layer in (merged.x_embedder, merged.final_layer.linear):
         layer.per_size, layer.patch_size = nn.ModuleDict(), size
     merged.size_embedder = nn.ParameterDict()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,7 @@ class PatchEmbed(_FlexiLayer):
     def weights(self, patch_size: PatchSize) -> tuple[Tensor, Tensor | None]:
         """Kernel (D, C, t, h, w) and bias (D,) that serve ``patch_size``."""
         if patch_size.name in self.per_size:
-            own = self.per_size[patch_size.name]
+            own = cast(nn.Conv2d, self.per_size[patch_size.name])
             return _as_3d(own.weight), own.bias
         weight = self._project(_as_3d(self.proj.weight).flatten(2), patch_size)
         return weight.unflatten(2, patch_size.as_tuple()), self.proj.bias
@@ -202,7 +203,7 @@ class PatchUnembed(_FlexiLayer):
     def weights(self, patch_size: PatchSize) -> tuple[Tensor, Tensor]:
         """Matrix (P * O, D) and bias (P * O,) that serve ``patch_size``."""
         if patch_size.name in self.per_size:
-            own = self.per_size[patch_size.name]
+            own = cast(nn.Linear, self.per_size[patch_size.name])
             return own.weight, own.bias
         if patch_size == self.patch_size:
             return self.weight, self.bias

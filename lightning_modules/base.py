@@ -149,14 +149,14 @@ class DiffusionModule(LightningModule):
         for patch_size in self.model.patch_sizes:  # every size is judged on the same draws
             loss = self.diffusion_loss(batch, patch_size, draws)
             self.log(f"val/loss_{patch_size.name}", loss, sync_dist=True, batch_size=len(batch["y"]))
-        if batch_idx == 0 and len(self.model.patch_sizes) > 1:
+        if batch_idx == 0 and len(self.model.patch_sizes) > 1 and not self.trainer.sanity_checking:
             self._gap = self._measure_gap(batch, draws)
 
     def on_validation_epoch_end(self) -> None:
         for size, gap in self._gap.items():
             for t, value in zip(GAP_TIMESTEPS, gap.unbind(), strict=True):
                 self.log(f"val/gap_{size.name}@t{t:03d}", value, sync_dist=True)
-        if self._gap and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+        if self._gap and self.trainer.is_global_zero:
             self._draw_gap()
         self._gap = {}
 

@@ -13,7 +13,7 @@ PACKAGES = ("flexidit", "lightning_modules", "datamodules", "callbacks")
 # layers of flexidit, lowest first: a module may import its own layer and those below
 LAYERS = [
     ("patch_size",),
-    ("config",),
+    ("config", "token_layout"),
     ("patch_embed", "positions"),
     ("layers",),
     ("models",),
