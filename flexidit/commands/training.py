@@ -8,11 +8,14 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_modules.checkpoint_io import StreamingCheckpointIO
 
 _CONFIG = "configs/imagenet/class_conditional_xl2.yaml"
 _EXAMPLES = {
@@ -51,7 +54,16 @@ class _Parser(LightningArgumentParser):
         raise _OptionError(message) from ex
 
 
-class _CLI(LightningCLI):
+class CLI(LightningCLI):
+    """Lightning's command line, which fails early and saves without a second copy in memory."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(StreamingCheckpointIO())
+        return super().instantiate_trainer(**{**kwargs, "plugins": plugins})
+
     def before_instantiate_classes(self) -> None:
         # Lightning would notice only after the model has been built.
         path = self._get(self.config, "ckpt_path")
@@ -67,7 +79,7 @@ def run(args: Sequence[str]) -> int:
     """
     _silence()
     try:
-        _CLI(
+        CLI(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,

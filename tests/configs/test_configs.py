@@ -11,14 +11,15 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from callbacks.ema import EMA
 from flexidit import create_model, load_checkpoint
 from flexidit.cli import main
+from flexidit.commands.training import CLI
 from lightning_modules.base import DiffusionModule
+from lightning_modules.checkpoint_io import StreamingCheckpointIO
 from lightning_modules.settings import TargetSettings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -38,7 +39,7 @@ def parse(folder: Path, *configs: Path) -> Any:
         copy = folder / f"{index}.yaml"
         copy.write_text(yaml.safe_dump(without_files(yaml.safe_load(path.read_text()))))
         args += ["-c", str(copy)]
-    return LightningCLI(
+    return CLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -95,6 +96,7 @@ def test_a_recipe_is_complete(path: Path, tmp_path: Path) -> None:
 def test_any_trainer_config_follows_any_recipe(path: Path, trainer_config: Path, tmp_path: Path) -> None:
     assert list(yaml.safe_load(trainer_config.read_text())) == ["trainer"]
     strategy = parse(tmp_path, path, trainer_config).trainer.strategy
+    assert isinstance(strategy.checkpoint_io, StreamingCheckpointIO)
     expected = {"ddp": DDPStrategy, "fsdp": ModelParallelStrategy}.get(trainer_config.stem)
     assert expected is None or isinstance(strategy, expected)
 
