@@ -17,9 +17,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
     on the host, on top of the 15 GB that training on a CPU takes.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if "://" in str(path):  # an object store, which Lightning writes through fsspec
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -97,7 +97,7 @@ def _evaluation(student: DiT, judge: Judge, settings: QuickstartSettings, seed: 
         reference=Reference(judge.reference, f"all {judge.num_images} real digits"),
         settings=SamplingSettings(
             num_samples=settings.num_samples,
-            batch_size=settings.num_samples,
+            batch_size=settings.sampling_batch_size,
             cfg_scale=settings.cfg_scale,
             seed=seed,
         ),

@@ -22,23 +22,25 @@ class QuickstartSettings:
     batch_size: int = 64
     ema_decay: float = 0.995
 
-    pretraining_steps: int = 1500
+    pretraining_steps: int = 1200
     pretraining_lr: float = 3e-3
 
-    fine_tuning_steps: int = 1000
+    fine_tuning_steps: int = 800
     fine_tuning_lr: float = 1e-3
     mmd_weight: float = 0.1
-    mmd_start_step: int = 500
+    mmd_start_step: int = 400
     mmd_every_n_steps: int = 4
 
     num_sampling_steps: int = 50
     cfg_scale: float = 1.5
-    num_samples: int = 250
+    num_samples: int = 240
     """Per schedule and seed."""
+    sampling_batch_size: int = 60
+    """Small enough for its activations to stay in the processor's cache: faster than all at once."""
     num_seeds: int = 3
     weak_steps: tuple[int, ...] = (0, 10, 20, 30, 40, 50)
     """Weak steps of the weak-first schedules; the last one is all-weak."""
-    compared_weak_steps: tuple[int, ...] = (10, 30, 40)
+    compared_weak_steps: tuple[int, ...] = (10, 40)
     """Of these, weak-last and fewer steps are measured at equal cost."""
 
     def variant_overrides(self) -> dict[str, Any]:

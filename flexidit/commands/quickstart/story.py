@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +23,7 @@ from flexidit.pictures import GridRow, save_grid
 from flexidit.plots import plot_curve
 from flexidit.sampling.sampler import Sampler
 
-HEADINGS = ("way to save", "FLOPs", "steps", "ms/image", "Frechet", "range", "accuracy")
+HEADINGS = ("saved by", "FLOPs", "steps of patch", "ms/image", "Frechet", "range", "class")
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,19 @@ class Row:
         """As :data:`HEADINGS` name them."""
         return (
             self.series,
-            f"{self.relative_flops:.1%}",
-            _steps_in_words(self.schedule),
-            f"{self.milliseconds:.2f}",
+            f"{self.relative_flops:.0%}",
+            _steps_in_short(self.schedule),
+            f"{self.milliseconds:.1f}",
             f"{self.frechet:.2f}",
             f"{self.lowest:.2f}-{self.highest:.2f}",
             f"{self.accuracy:.1%}",
         )
 
 
-def _steps_in_words(schedule: str) -> str:
-    """ "1x4x4:20,1x2x2:30" as "20 of 4x4, 30 of 2x2"."""
+def _steps_in_short(schedule: str) -> str:
+    """ "1x4x4:20,1x2x2:30" as "20 of 4, 30 of 2"."""
     stages = [stage.split(":") for stage in schedule.split(",")]
-    return ", ".join(f"{count} of {size.removeprefix('1x')}" for size, count in stages)
+    return ", ".join(f"{count} of {size.split('x')[-1]}" for size, count in stages)
 
 
 def rows(points: Sequence[CurvePoint]) -> list[Row]:
@@ -84,7 +85,7 @@ def _row(points: list[CurvePoint]) -> Row:
 
 def print_table(points: Sequence[CurvePoint], floor: float, console: Console) -> None:
     """The table, and what its numbers are."""
-    grid = Table(title="Quality against compute", title_justify="left")
+    grid = Table(title="Quality against compute", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in HEADINGS:
         grid.add_column(name, justify="left" if name == HEADINGS[0] else "right", no_wrap=True)
     previous = ""
@@ -101,7 +102,7 @@ def _what(point: CurvePoint) -> str:
     return (
         f"Frechet distance in the features of a small classifier trained on the same digits, "
         f"{point.num_samples} samples against {point.reference}; mean and range over seeds. "
-        "Accuracy: that classifier's, on the class that was asked for."
+        "Class: how often that classifier sees the digit that was asked for."
     )
 
 
@@ -189,8 +190,8 @@ def _steps(settings: QuickstartSettings, drift: float) -> list[str]:
 
 def _limits(settings: QuickstartSettings) -> list[str]:
     return [
-        "Fewer steps save time as well. On digits upsampled to 16x16 they win: there is no detail that large patches "
-        "would miss and small ones add.",
+        "Fewer steps save compute as well, and on digits upsampled to 16x16 they win: there is no detail that large "
+        "patches would miss and small ones add.",
         "Milliseconds are those of this machine. Sequences of 4 and 16 tokens keep no processor busy, so time falls "
         "less than FLOPs; on images of 256 pixels and more it follows them.",
         f"The judge is a small classifier and {settings.num_samples} samples a seed: differences below the range over "
