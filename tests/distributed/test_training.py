@@ -105,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.normal_(std=0.1)  # a fresh model outputs zero
     save_checkpoint(model, folder / "target.safetensors")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, __file__, str(folder)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*launch, __file__, str(folder)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -22,20 +22,20 @@ class QuickstartSettings:
     batch_size: int = 64
     ema_decay: float = 0.995
 
-    pretraining_steps: int = 1200
+    pretraining_steps: int = 1400
     pretraining_lr: float = 3e-3
 
-    fine_tuning_steps: int = 800
+    fine_tuning_steps: int = 900
     fine_tuning_lr: float = 1e-3
     mmd_weight: float = 0.1
-    mmd_start_step: int = 400
+    mmd_start_step: int = 450
     mmd_every_n_steps: int = 4
 
     num_sampling_steps: int = 50
     cfg_scale: float = 1.5
-    num_samples: int = 240
+    num_samples: int = 200
     """Per schedule and seed."""
-    sampling_batch_size: int = 60
+    sampling_batch_size: int = 50
     """Small enough for its activations to stay in the processor's cache: faster than all at once."""
     num_seeds: int = 3
     weak_steps: tuple[int, ...] = (0, 10, 20, 30, 40, 50)
