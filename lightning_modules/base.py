@@ -64,6 +64,7 @@ class DiffusionModule(LightningModule):
         self.model: DiT
         self.step_flops = 0
         self._codec: list[Any] = []  # in a list: never a submodule of what is trained
+        self._since_logged: dict[str, list[Tensor]] = {}
         self._num_validated = 0
         self._gap: dict[PatchSize, Tensor] = {}
 
@@ -108,20 +109,30 @@ class DiffusionModule(LightningModule):
         # Backward costs twice the forward; with frozen weights the half of it that is their gradient falls away.
         self.step_flops = (2 if self._is_frozen else 3) * self._forward_flops(patch_size)
         self.log("train/loss", loss.detach())
-        self.log_now(f"train/loss_{patch_size.name}", loss, batch_idx)
+        self.log_sometimes(f"train/loss_{patch_size.name}", loss)
         return loss
 
-    def log_now(self, name: str, value: Tensor, batch_idx: int) -> None:
-        """Log what only some steps have; ``self.log`` would repeat its last value at all the others.
+    def log_sometimes(self, name: str, value: Tensor) -> None:
+        """Log what only some steps have, as its mean since the last logging step.
 
+        ``self.log`` would repeat the last value at every logging step, and miss values that fall between two of them.
         The device is waited for only at the trainer's logging steps, and only by rank 0.
         """
         trainer = self.trainer
-        is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if is_last and interval and (self.global_step + 1) % interval == 0 and trainer.is_global_zero:
-            for logger in self.loggers:
-                logger.log_metrics({name: value.item()}, step=self.global_step)
+        if self.loggers and interval and trainer.is_global_zero:
+            self._since_logged.setdefault(name, []).append(value.detach())
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # The step counter has moved on; what Lightning logs now it calls the step before.
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if not (self._since_logged and is_last and self.global_step % interval == 0):
+            return
+        means = {name: torch.stack(values).mean().item() for name, values in self._since_logged.items()}
+        self._since_logged = {}
+        for logger in self.loggers:
+            logger.log_metrics(means, step=self.global_step - 1)
 
     def train_draws(self, batch: Mapping[str, Tensor], batch_idx: int) -> SampleDraws:
         """The draws of a micro-batch of the present step."""

@@ -84,7 +84,7 @@ class ClassConditional(DiffusionModule):
         if not self._matches_now():
             return loss
         mmd = self.matching_loss(batch, batch_idx)
-        self.log_now("train/mmd", mmd, batch_idx)
+        self.log_sometimes("train/mmd", mmd)
         self.step_flops += self._chain_flops()
         return loss + self.matching.weight * mmd
 

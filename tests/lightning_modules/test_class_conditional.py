@@ -124,6 +124,22 @@ def test_the_matching_loss_adds_to_the_loss(target: TargetSettings, fit: Fit, tm
     assert totals[1] == pytest.approx(totals[0] + 2 * logged[1]["train/mmd"], rel=1e-5)
 
 
+def test_what_falls_between_two_logging_steps_is_logged_as_a_mean(
+    target: TargetSettings, fit: Fit, tmp_path: Path
+) -> None:
+    matching = MatchingSettings(**{**vars(MATCHING), "every_n_steps": 4})  # steps 0, 4, 8; logging steps 4, 9
+    logged = {}
+    for interval in (1, 5):
+        logger = CSVLogger(tmp_path, name=f"every-{interval}", version="")
+        fit(ClassConditional(target, matching=matching), 10, logger=logger, log_every_n_steps=interval)
+        with (tmp_path / f"every-{interval}" / "metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["train/mmd"]]
+        logged[interval] = {int(row["step"]): float(row["train/mmd"]) for row in rows}
+    each, windows = logged[1], logged[5]
+    assert list(each) == [0, 4, 8]
+    assert windows == pytest.approx({4: (each[0] + each[4]) / 2, 9: each[8]})
+
+
 def test_the_base_size_starts_as_the_target(target: TargetSettings) -> None:
     module = ClassConditional(target)
     module.configure_model()
