@@ -29,7 +29,7 @@ class Judge:
     classifier: DigitClassifier
     reference: Gaussian
     floor: float
-    """Frechet distance of as many real digits as a schedule is judged by, to all of them: mean over the seeds."""
+    """Frechet distance of as many real digits as a schedule is judged by to all of them; mean over the seeds."""
     num_images: int
 
     @classmethod
@@ -39,12 +39,16 @@ class Judge:
         classifier = train_digit_classifier(x, y, settings.seed)
         features = classifier.features(x)
         reference = _gaussian(features, classifier)
-        draws = [
-            torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: settings.num_samples]
-            for seed in range(settings.num_seeds)
-        ]
+        draws = [_balanced_draw(y, settings.num_samples, seed) for seed in range(settings.num_seeds)]
         floor = fmean(_gaussian(features[rows], classifier).distance(reference) for rows in draws)
         return cls(classifier, reference, floor, len(x))
+
+
+def _balanced_draw(y: Tensor, num_samples: int, seed: int) -> Tensor:
+    """Random images with classes in turn, as samples have them: unequal shares would count as distance."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    by_class = [order[y[order] == label] for label in range(10)]
+    return torch.stack([by_class[i % 10][i // 10] for i in range(num_samples)])
 
 
 def _gaussian(features: Tensor, classifier: DigitClassifier) -> Gaussian:
