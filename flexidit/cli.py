@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ every command has its own --help with an example; --debug shows the traceback of
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    # GNU OpenMP's threads spin 300,000 times before they sleep while they wait for one another, which costs small
+    # models dearly next to any other busy process. Spinning less costs nothing measurable without one (BENCHMARKS.md).
+    # Read when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
