@@ -188,6 +188,20 @@ class ResumableDataModule(L.LightningDataModule):
         self._train_state = state_dict.get("train_loader")
 
 
+def equal_batches(indices: Sequence[int], batch_size: int, world_size: int) -> Sequence[int]:
+    """The indices, without the last few if those would give some ranks one batch more than others.
+
+    A rank with a batch of its own would wait for ever in the first collective of its forward pass, as sharded models
+    have them. Fewer than ``world_size`` samples are left out, and only in that case.
+
+    Example:
+        >>> len(equal_batches(range(9), 4, 2)), len(equal_batches(range(11), 4, 2))
+        (8, 11)
+    """
+    shared, rest = divmod(len(indices), world_size)
+    return indices[: shared * world_size] if rest and shared % batch_size == 0 else indices
+
+
 def map_loader(
     dataset: Dataset[Any],
     indices: Sequence[int],
@@ -200,7 +214,8 @@ def map_loader(
 ) -> ResumableLoader:
     """Loader over part of a map-style data set that returns whole batches (``__getitems__``).
 
-    Training shuffles and drops the last incomplete batch; evaluation keeps order and everything.
+    Training shuffles and drops the last incomplete batch; evaluation keeps order and everything that
+    :func:`equal_batches` keeps.
 
     Raises:
         ValueError: if training would have no batch.
@@ -211,6 +226,8 @@ def map_loader(
             f"{len(indices)} training samples do not fill one batch of {batch_size} on {world_size} process(es): "
             f"lower batch_size"
         )
+    if not training:
+        indices = equal_batches(indices, batch_size, world_size)
     sampler = EpochSampler(indices, shuffle=training, seed=seed, rank=rank, world_size=world_size, drop_last=training)
     return ResumableLoader(
         dataset,

@@ -5,7 +5,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import Dataset
 
-from datamodules.loading import EpochSampler, ResumableDataModule, ResumableLoader, map_loader, ranks_of, split_indices
+from datamodules.loading import (
+    EpochSampler,
+    ResumableDataModule,
+    ResumableLoader,
+    equal_batches,
+    map_loader,
+    ranks_of,
+    split_indices,
+)
 
 
 class Numbers(Dataset):
@@ -243,3 +251,17 @@ def test_a_finished_fit_is_prolonged_exactly(first, tmp_path):
     whole = run(max_steps=13, **limit)
     begun = run(**first)
     assert begun + run(ckpt_path=tmp_path / "last.ckpt", max_steps=13, **limit) == whole
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_evaluation_gives_all_ranks_equally_many_batches(world_size: int, batch_size: int) -> None:
+    for size in range(25):
+        kept = equal_batches(range(size), batch_size, world_size)
+        shares = [
+            len(EpochSampler(kept, shuffle=False, rank=rank, world_size=world_size, drop_last=False))
+            for rank in range(world_size)
+        ]
+        assert len({-(-share // batch_size) for share in shares}) == 1
+        assert size - len(kept) < world_size
+        assert world_size > 1 or len(kept) == size

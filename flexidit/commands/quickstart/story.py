@@ -193,7 +193,7 @@ def _limits(settings: QuickstartSettings) -> list[str]:
         "Fewer steps save compute as well, and on images of 8x8 pixels they do as well as weak-first. On digits "
         "upsampled to 16x16 they were found to win: there is no detail that large patches miss and small ones add.",
         "Milliseconds are those of this machine. Sequences of 4 and 16 tokens keep no processor busy, so time falls "
-        "less than FLOPs; on images of 256 pixels and more it follows them.",
+        "less than FLOPs; how closely it follows them depends on the model, the batch and the device.",
         f"The judge is a small classifier and {settings.num_samples} samples a seed: differences below the range over "
         "seeds say nothing.",
         "Nine of ten reference digits were trained on: the distance does not tell samples that are new from samples "
