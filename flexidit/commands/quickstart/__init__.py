@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,9 +36,12 @@ def run(args: argparse.Namespace) -> int:
 
     settings = QuickstartSettings(seed=args.seed)
     claim_folder(args.out, settings)
-    rows = tell(settings, args.out, quiet=args.json)
-    if args.json:
-        print(json.dumps(rows, indent=2))
+    if not args.json:
+        tell(settings, args.out)
+        return 0
+    with redirect_stdout(sys.stderr):  # bars and messages, those of Lightning and of the training modules too
+        rows = tell(settings, args.out, quiet=True)
+    print(json.dumps(rows, indent=2))
     return 0
 
 
@@ -48,7 +53,7 @@ def tell(settings: QuickstartSettings, out: Path, *, quiet: bool = False) -> lis
     from flexidit.commands.quickstart import story, training
     from flexidit.commands.quickstart.evaluation import Judge
 
-    console = Console(stderr=quiet)
+    console = Console()
     target = training.pretrain(settings, out)
     student = load_checkpoint(training.fine_tune(settings, out, target))
     judge = Judge.train(settings)

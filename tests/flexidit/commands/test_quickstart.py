@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,17 @@ def test_another_runs_folder_is_refused(finished: Path, capsys: pytest.CaptureFi
         claim_folder(finished, replace(TOY, hidden_size=8))
     assert main(["quickstart", "--out", str(finished), "--seed", "1"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_json_is_all_that_standard_output_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "flexidit.commands.quickstart.settings.QuickstartSettings", lambda seed: replace(TOY, num_seeds=1, seed=seed)
+    )
+    assert main(["quickstart", "--out", str(tmp_path / "run"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["series"] for row in rows] == ["weak first"] * 3 + ["weak last", "fewer steps"]
 
 
 @pytest.fixture(scope="module")
