@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from flexidit.patch_size import PatchSize
 
-Positions = Literal["coords", "grid"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Positions = Literal["coords", "corners", "grid"]
+PositionTable = Literal["sincos", "learned"]
 Recipe = Literal["shared", "lora"]
 
 
@@ -25,7 +29,7 @@ class FlexConfig:
     size_norms: bool = True
     """Whether weak sizes scale and shift the layer norms (shared recipe)."""
     positions: Positions = "coords"
-    """Where a weak patch sits: at the coordinates of its centre, or at its index."""
+    """Where a weak patch sits: at the coordinates of its centre, of its first base patch, or at its index."""
     rank: int | None = None
     """Rank of the adapters; None in the shared recipe."""
     alpha: float | None = None
@@ -33,10 +37,10 @@ class FlexConfig:
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    """A class-conditional diffusion transformer (Peebles and Xie 2023)."""
+class TransformerConfig:
+    """What the configs of all families share."""
 
-    input_size: tuple[int, int] = (32, 32)
+    input_size: tuple[int, ...] = (32, 32)
     """Latent height and width."""
     patch_size: PatchSize = PatchSize(1, 2, 2)
     """The pre-trained, most powerful size."""
@@ -46,12 +50,13 @@ class DiTConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     class_dropout_prob: float = 0.1
-    num_classes: int = 1000
+    """How often training replaces the condition by the null condition."""
     learn_sigma: bool = True
-    frequency_shift: int = 0
-    """0 in the official code, 1 in diffusers' port; see ``layers.TimestepEmbedder``."""
-    mlp_norm_eps: float = 1e-6
-    """1e-6 in the official code; diffusers' port reads it from its ``norm_eps``."""
+    position_unit: PatchSize | None = None
+    """Patch size whose grid is the unit of positions; None: ``patch_size``. A weak size taken out of a flexible model
+    as a plain one keeps that model's unit."""
+    placement: Positions = "coords"
+    """Where a patch sits if it is not of the unit's size; see ``positions.patch_centres``."""
     flex: FlexConfig | None = None
 
     def __post_init__(self) -> None:
@@ -61,13 +66,88 @@ class DiTConfig:
                 "it must be a multiple of num_heads and of 4"
             )
 
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction: eps, and the variance if it is learned."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
 
-def config_to_dict(config: DiTConfig) -> dict[str, Any]:
+    @property
+    def patch_sizes(self) -> tuple[PatchSize, ...]:
+        """All sizes that a model accepts, base first."""
+        return (self.patch_size, *(self.flex.weak_patch_sizes if self.flex else ()))
+
+    def plain(self, patch_size: PatchSize) -> Self:
+        """The config of one patch size as a model of its own, whose patches stay where they are."""
+        placement = self.flex.positions if self.flex else self.placement
+        unit = self.position_unit or self.patch_size
+        is_own = patch_size == unit or placement == "grid" or not self.computes_positions
+        own = (None, "coords") if is_own else (unit, placement)
+        return replace(self, patch_size=patch_size, flex=None, position_unit=own[0], placement=own[1])
+
+    @property
+    def computes_positions(self) -> bool:
+        """Whether positions are a function of coordinates; if they are learned, a model has its own table."""
+        return True
+
+
+@dataclass(frozen=True)
+class DiTConfig(TransformerConfig):
+    """A class-conditional diffusion transformer (Peebles and Xie 2023)."""
+
+    num_classes: int = 1000
+    frequency_shift: int = 0
+    """0 in the official code, 1 in diffusers' port; see ``layers.TimestepEmbedder``."""
+    mlp_norm_eps: float = 1e-6
+    """1e-6 in the official code; diffusers' port reads it from its ``norm_eps``."""
+
+
+@dataclass(frozen=True)
+class TextDiTConfig(TransformerConfig):
+    """A text-conditional one with cross-attention and adaLN-single, as PixArt-alpha (Chen et al. 2023)."""
+
+    caption_channels: int = 4096
+    """Width of the text encoder; 4096 is T5-XXL."""
+    caption_length: int = 120
+    """Most tokens of a caption."""
+    null_caption: bool = True
+    """Whether the weights hold a caption of their own for the unconditional prediction, as PixArt's ``.pth`` do;
+    diffusers' layout does not, and its pipelines encode an empty prompt instead."""
+    position_table: PositionTable = "sincos"
+    """"learned" with ``qk_norm`` is the paper's Emu (appendix C.2)."""
+    position_scale: float = 1.0
+    """Positions are divided by it: 2 in the 1024 px PixArt, so that its grid spans what 512 px did."""
+    qk_norm: bool = False
+    """Layer norm on queries and keys of self-attention, head by head."""
+    micro_conditions: bool = False
+    """Height, width and aspect ratio of the image enter with the time (the 1024 px PixArt)."""
+    pixels_per_latent: int = 8
+    """Downscale of the VAE, for micro-conditions that are not given."""
+
+    @property
+    def computes_positions(self) -> bool:
+        """Whether positions are a function of coordinates."""
+        return self.position_table == "sincos"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.micro_conditions and self.hidden_size % 3:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 3 for micro_conditions")
+
+
+_FAMILIES: dict[str, type[DiTConfig] | type[TextDiTConfig]] = {"DiT": DiTConfig, "TextDiT": TextDiTConfig}
+
+
+def family_of(config: TransformerConfig) -> str:
+    """ "DiT" or "TextDiT"."""
+    return next(name for name, kind in _FAMILIES.items() if type(config) is kind)
+
+
+def config_to_dict(config: TransformerConfig) -> dict[str, Any]:
     """Plain values only, for json and for checkpoints that are read without unpickling code."""
-    return {"family": "DiT", **_plain(asdict(config))}
+    return {"family": family_of(config), **_plain(asdict(config))}
 
 
-def config_from_dict(values: Mapping[str, Any]) -> DiTConfig:
+def config_from_dict(values: Mapping[str, Any]) -> DiTConfig | TextDiTConfig:
     """Inverse of :func:`config_to_dict`.
 
     Raises:
@@ -75,13 +155,15 @@ def config_from_dict(values: Mapping[str, Any]) -> DiTConfig:
     """
     values = dict(values)
     family = values.pop("family", None)
-    if family != "DiT":
-        raise ValueError(f"the model family {family!r} is not known here; known is 'DiT'")
-    _check_fields(DiTConfig, values)
-    flex = values.pop("flex", None)
+    if family not in _FAMILIES:
+        raise ValueError(f"the model family {family!r} is not known here; known are {', '.join(_FAMILIES)}")
+    kind = _FAMILIES[family]
+    _check_fields(kind, values)
+    flex, unit = values.pop("flex", None), values.pop("position_unit", None)
     values["patch_size"] = PatchSize.parse(values["patch_size"])
+    values["position_unit"] = None if unit is None else PatchSize.parse(unit)
     values["input_size"] = tuple(values["input_size"])
-    return DiTConfig(**values, flex=None if flex is None else _flex_from_dict(flex))
+    return kind(**values, flex=None if flex is None else _flex_from_dict(flex))
 
 
 def _flex_from_dict(values: Mapping[str, Any]) -> FlexConfig:
@@ -93,7 +175,7 @@ def _flex_from_dict(values: Mapping[str, Any]) -> FlexConfig:
     return FlexConfig(**values)
 
 
-def _check_fields(kind: type[DiTConfig] | type[FlexConfig], values: Mapping[str, Any]) -> None:
+def _check_fields(kind: type[TransformerConfig] | type[FlexConfig], values: Mapping[str, Any]) -> None:
     unknown = sorted(set(values) - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; was this written by a newer version?")

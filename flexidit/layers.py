@@ -134,10 +134,13 @@ class SizeNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention of the tokens of a block, all of a sequence unless the layout says otherwise."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        head_size = hidden_size // num_heads
+        self.q_norm = nn.LayerNorm(head_size, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_size, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, *, layout: TokenLayout, masks: Masks) -> Tensor:
@@ -153,6 +156,7 @@ class Attention(nn.Module):
         """Queries, keys and values that lie side by side in the same rows: (rows, tokens, 3 * D) -> same, D, each."""
         qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (rows, heads, L, D / heads) each
+        q, k = self.q_norm(q), self.k_norm(k)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)  # (rows, L, D)
         return [x] if len(parts) == 1 else x.split([part.shape[1] for part in parts], dim=1)
 
@@ -194,19 +198,13 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels to vectors, with a null label for guidance: (N,) -> (N, D)."""
+    """Class labels to vectors, the last row being the null label of guidance: (N,) -> (N, D)."""
 
     def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float) -> None:
         super().__init__()
-        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.embedding_table = nn.Embedding(num_classes + int(class_dropout_prob > 0), hidden_size)
 
-    def forward(self, y: Tensor, drop_ids: Tensor | None = None) -> Tensor:
-        """Args: ``drop_ids``: (N,) bool, which labels become the null label; None draws them while training."""
-        if drop_ids is None and self.training and self.class_dropout_prob > 0:
-            drop_ids = torch.rand(y.shape, device=y.device) < self.class_dropout_prob
-        if drop_ids is not None:
-            y = torch.where(drop_ids, self.num_classes, y)
+    def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
 
 
@@ -226,19 +224,21 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, *, layout: TokenLayout, masks: Masks) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        h = _modulated_norm(self.norm1, x, shift_msa, scale_msa, layout)
-        x = x + _gated(gate_msa, self.attn(h, layout=layout, masks=masks), layout)
-        h = _modulated_norm(self.norm2, x, shift_mlp, scale_mlp, layout)
-        return x + _gated(gate_mlp, self.mlp(h, layout=layout), layout)
+        h = modulated_norm(self.norm1, x, shift_msa, scale_msa, layout)
+        x = x + gated(gate_msa, self.attn(h, layout=layout, masks=masks), layout)
+        h = modulated_norm(self.norm2, x, shift_mlp, scale_mlp, layout)
+        return x + gated(gate_mlp, self.mlp(h, layout=layout), layout)
 
 
-def _modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: TokenLayout) -> Tensor:
+def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: TokenLayout) -> Tensor:
+    """Each segment with its size's norm and its sequences' vectors: (N, T, D) or (S, D), (M, D), (M, D) -> same."""
     own = zip(layout.segments, *(split_vectors(vectors, layout) for vectors in (shift, scale)), strict=True)
     parts = zip(split_tokens(x, layout), own, strict=True)
     return join_tokens(modulate(norm(part, patch_size=s.patch_size), *vectors) for part, (s, *vectors) in parts)
 
 
-def _gated(gate: Tensor, x: Tensor, layout: TokenLayout) -> Tensor:
+def gated(gate: Tensor, x: Tensor, layout: TokenLayout) -> Tensor:
+    """The tokens times a vector of their sequence: (M, D), (N, T, D) or (S, D) -> same."""
     parts = zip(split_vectors(gate, layout), split_tokens(x, layout), strict=True)
     return join_tokens(own.unsqueeze(1) * part for own, part in parts)
 

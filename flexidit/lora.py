@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -20,10 +19,12 @@ from torch import nn
 from flexidit.patch_size import PatchSize, PatchSizeLike
 
 if TYPE_CHECKING:
-    from flexidit.models.dit import DiT
+    from flexidit.models import FlexiTransformer
+
+Model = TypeVar("Model", bound="FlexiTransformer")
 
 ADAPTED_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""Self-attention and feed-forward (paper, appendix C.2, table 5)."""
+"""Self-attention and feed-forward; cross-attention stays as it is (paper, Fig. 5 and appendix C.2)."""
 
 
 def add_adapters(blocks: nn.Module, patch_sizes: Sequence[PatchSize], *, rank: int, alpha: float) -> None:
@@ -49,7 +50,7 @@ def adapted_layers(module: nn.Module) -> list[LoraLayer]:
 
 
 @torch.no_grad()
-def merged_copy(student: DiT, patch_size: PatchSizeLike) -> DiT:
+def merged_copy(student: Model, patch_size: PatchSizeLike) -> Model:
     """A plain model of one weak size: adapter merged, its (de)embedding in place, its vector in the embedding's bias.
 
     No additional FLOPs, at the price of a copy of the weights (paper, section 3.2, "Inference without LoRAs").
@@ -72,11 +73,10 @@ def merged_copy(student: DiT, patch_size: PatchSizeLike) -> DiT:
     for layer in (merged.x_embedder, merged.final_layer.linear):
         layer.per_size, layer.patch_size = nn.ModuleDict(), size
     merged.size_embedder = nn.ParameterDict()
-    positions = getattr(merged, f"pos_embed_{size.name}")
-    for name in [size.name for size in flex.weak_patch_sizes]:
-        delattr(merged, f"pos_embed_{name}")
-    merged.pos_embed = nn.Parameter(positions.clone(), requires_grad=False)
-    merged.config = replace(student.config, patch_size=size, flex=None)
+    for weak in flex.weak_patch_sizes:
+        merged._buffers.pop(f"pos_embed_{weak.name}", None)
+    merged.pos_embed = nn.Parameter(student.positions(size, student.input_size).clone(), requires_grad=False)
+    merged.config = student.config.plain(size)
     return merged.requires_grad_(False)
 
 

@@ -5,10 +5,13 @@ Shape legend: N batch, C channels, H W latent height and width, O output channel
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from flexidit.conditions import Condition
 from flexidit.lora import merged_copy
-from flexidit.models.dit import DiT
+from flexidit.models import FlexiTransformer
 from flexidit.patch_size import PatchSize, PatchSizeLike
 
 
@@ -28,7 +31,7 @@ class MergedModel(nn.Module):
         ['1x2x2', '1x4x4']
     """
 
-    def __init__(self, student: DiT) -> None:
+    def __init__(self, student: FlexiTransformer) -> None:
         super().__init__()
         flex = student.config.flex
         if flex is None or flex.recipe != "lora":
@@ -38,18 +41,21 @@ class MergedModel(nn.Module):
         self.base_patch_size = student.base_patch_size
         self.in_channels, self.out_channels = student.in_channels, student.out_channels
         self.learn_sigma = student.learn_sigma
-        self.num_classes = student.num_classes
         self.input_size = student.input_size
         self.student = student
         self.weak = nn.ModuleDict({size.name: merged_copy(student, size) for size in flex.weak_patch_sizes})
         self.train(student.training)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, patch_size: PatchSizeLike) -> Tensor:
-        """(N, C, H, W), (N,), (N,) -> (N, O, H, W)."""
+    def forward(self, x: Tensor, t: Tensor, y: Condition, *, patch_size: PatchSizeLike) -> Tensor:
+        """(N, C, H, W), (N,), N conditions -> (N, O, H, W)."""
         size: PatchSize = self.student.check_patch_size(patch_size)
         model = self.student if size == self.base_patch_size else self.weak[size.name]
         return model(x, t, y, patch_size=size)
 
-    def null_condition(self, y: Tensor) -> Tensor:
-        """The label of the unconditional prediction, shaped like ``y``: (N,) -> (N,)."""
+    def null_condition(self, y: Any) -> Any:
+        """The condition of the unconditional prediction, as many as ``y``."""
         return self.student.null_condition(y)
+
+    def prepare(self, y: Any) -> Any:
+        """What no step and no patch size changes about conditions, computed once: adapters do not touch it."""
+        return self.student.prepare(y)

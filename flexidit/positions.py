@@ -1,8 +1,9 @@
 """Where a patch sits: positional encodings evaluated at patch centres.
 
 The unit is the pre-trained grid: a patch of the base size sits at its integer index, a patch of twice that size at
-``2 * i + 0.5`` (paper, section 3.1 and appendix C.2; READING.md, gap 7). ``"grid"`` places patch ``i`` at index ``i``
-instead, which is what stock code does that knows nothing of other patch sizes.
+``2 * i + 0.5`` (paper, section 3.1 and appendix C.2; READING.md, gap 7). ``"corners"`` leaves out the shift by half a
+patch, ``2 * i``: a scale is something that stock code knows (``interpolation_scale`` of diffusers), a shift is not.
+``"grid"`` places patch ``i`` at index ``i``, as stock code does that knows nothing of other patch sizes.
 
 Shape legend: T tokens, D hidden size.
 """
@@ -36,7 +37,8 @@ def patch_centres(
     axes = []
     for count, side, base in zip(patch_size.grid(size), patch_size.as_tuple(), base_patch_size.as_tuple(), strict=True):
         index = torch.arange(count, dtype=torch.float64, device=device)
-        axes.append(index if positions == "grid" else (index * side + (side - base) / 2) / base)
+        shift = (side - base) / 2 if positions == "coords" else 0.0
+        axes.append(index if positions == "grid" else (index * side + shift) / base)
     return axes[0], axes[1], axes[2]
 
 
@@ -52,3 +54,19 @@ def sincos_2d(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
     across = sincos_1d(columns, dim // 2).expand(len(rows), -1, -1)  # (h, w, D / 2)
     down = sincos_1d(rows, dim // 2).unsqueeze(1).expand(-1, len(columns), -1)  # (h, w, D / 2)
     return torch.cat([across, down], dim=2).flatten(0, 1)
+
+
+def interpolate_table(table: Tensor, grid: Sequence[int], rows: Tensor, columns: Tensor) -> Tensor:
+    """A learned table (1, h * w, D) of a grid (h, w), read between its entries: (h',), (w',) -> (1, h' * w', D).
+
+    Bilinear, exact at whole coordinates; what lies outside takes the border.
+    """
+    down, across = (_linear_weights(c, size, table) for c, size in zip((rows, columns), grid, strict=True))
+    read = torch.einsum("ih,jw,hwd->ijd", down, across, table[0].unflatten(0, tuple(grid)))
+    return read.flatten(0, 1).unsqueeze(0)
+
+
+def _linear_weights(coords: Tensor, size: int, like: Tensor) -> Tensor:
+    """Hat functions: (M,) -> (M, size), rows that sum to one."""
+    index = torch.arange(size, dtype=coords.dtype, device=coords.device)
+    return (1 - (coords.clamp(0, size - 1).unsqueeze(1) - index).abs()).clamp(min=0).to(like)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from flexidit.config import FlexConfig, Positions, Recipe
 from flexidit.layers import SizeNorm
-from flexidit.models.dit import DiT
+from flexidit.models import FlexiTransformer, plain_model
 from flexidit.patch_size import PatchSize, PatchSizeLike
+
+Model = TypeVar("Model", bound=FlexiTransformer)
 
 
 def flexify(
-    target: DiT,
+    target: Model,
     patch_sizes: Sequence[PatchSizeLike],
     recipe: Recipe = "shared",
     *,
@@ -26,7 +29,7 @@ def flexify(
     rank: int = 32,
     alpha: float | None = None,
     keep_target: bool = True,
-) -> DiT:
+) -> Model:
     """A flexible student of the target's own class, which at the base patch size computes what the target computes.
 
     Args:
@@ -37,7 +40,8 @@ def flexify(
             and a patch-size vector of its own; the base size agrees bit for bit, always.
         underlying_patch_size: p' of section 3.1; None takes the largest size along each axis.
         size_norms: give weak sizes their own scale and shift in every layer norm (shared recipe).
-        positions: where a weak patch sits: at the coordinates of its centre, or at its index.
+        positions: where a weak patch sits: at the coordinates of its centre, of its first base patch ("corners", which
+            diffusers' PixArt can express), or at its index.
         rank: rank of the adapters (lora recipe).
         alpha: the adapters' update is scaled by alpha / rank; None takes ``rank``, a factor of one.
         keep_target: False turns the target itself into the student and saves a copy of its weights.
@@ -48,7 +52,7 @@ def flexify(
     weak = _check_sizes(target, patch_sizes)
     student = copy.deepcopy(target) if keep_target else target
     student.requires_grad_(True)
-    student.pos_embed.requires_grad_(False)
+    student.pos_embed.requires_grad_(not student.config.computes_positions)
     if recipe == "shared":
         underlying = _underlying_size(student, weak, underlying_patch_size)
         flex = FlexConfig("shared", weak, underlying, size_norms=size_norms, positions=positions)
@@ -64,7 +68,7 @@ def flexify(
 
 
 @torch.no_grad()
-def plain_copy(student: DiT, patch_size: PatchSizeLike) -> DiT:
+def plain_copy(student: Model, patch_size: PatchSizeLike) -> Model:
     """A plain model that computes what the student computes at one patch size, for layouts that hold no more.
 
     Recipe "shared": the projected weights. Recipe "lora": a weak size with its adapter merged, and at the base size
@@ -85,18 +89,18 @@ def plain_copy(student: DiT, patch_size: PatchSizeLike) -> DiT:
                 f"for; take the base size {student.base_patch_size.name}, or flexify with size_norms=False"
             )
     with torch.device("meta"):
-        plain = DiT(replace(student.config, patch_size=size, flex=None))
+        plain = plain_model(student.config.plain(size))
     state = {name.replace(".base_layer.", "."): tensor for name, tensor in student.state_dict().items()}
     state |= _both_ends(student, size)
     plain.load_state_dict({name: state[name].clone() for name in plain.state_dict()}, assign=True)
-    return plain.requires_grad_(False).train(student.training)
+    return cast(Model, plain.requires_grad_(False).train(student.training))
 
 
-def added_parameters(student: DiT) -> tuple[int, float]:
+def added_parameters(student: FlexiTransformer) -> tuple[int, float]:
     """How many parameters the student has beyond its target, and their share of the target's (READING.md, gap 5)."""
     total = sum(p.numel() for p in student.parameters())
     with torch.device("meta"):
-        target = sum(p.numel() for p in DiT(replace(student.config, flex=None)).parameters())
+        target = sum(p.numel() for p in plain_model(student.config).parameters())
     return total - target, (total - target) / target
 
 
@@ -105,7 +109,7 @@ def trainable_parameters(student: nn.Module) -> Iterator[tuple[str, nn.Parameter
     return ((name, p) for name, p in student.named_parameters() if p.requires_grad)
 
 
-def _check_sizes(target: DiT, patch_sizes: Sequence[PatchSizeLike]) -> tuple[PatchSize, ...]:
+def _check_sizes(target: FlexiTransformer, patch_sizes: Sequence[PatchSizeLike]) -> tuple[PatchSize, ...]:
     if target.config.flex is not None:
         raise ValueError("this model is flexible already; flexify its target with all the weak sizes at once")
     weak = tuple(sorted({PatchSize.parse(size) for size in patch_sizes}))
@@ -121,7 +125,7 @@ def _check_sizes(target: DiT, patch_sizes: Sequence[PatchSizeLike]) -> tuple[Pat
     return weak
 
 
-def _underlying_size(student: DiT, weak: Sequence[PatchSize], given: PatchSizeLike | None) -> PatchSize:
+def _underlying_size(student: FlexiTransformer, weak: Sequence[PatchSize], given: PatchSizeLike | None) -> PatchSize:
     if given is None:
         return PatchSize(*(max(sides) for sides in zip(*(size.as_tuple() for size in weak), strict=True)))
     underlying, base = PatchSize.parse(given), student.base_patch_size
@@ -132,7 +136,7 @@ def _underlying_size(student: DiT, weak: Sequence[PatchSize], given: PatchSizeLi
     return underlying
 
 
-def _share_weights(student: DiT, flex: FlexConfig) -> None:
+def _share_weights(student: FlexiTransformer, flex: FlexConfig) -> None:
     sizes = (student.base_patch_size, *flex.weak_patch_sizes)
     assert flex.underlying_patch_size is not None
     student.x_embedder.share(flex.underlying_patch_size, sizes)
@@ -146,7 +150,7 @@ def _share_weights(student: DiT, flex: FlexConfig) -> None:
                 norm.add_size(size, like=student.pos_embed)
 
 
-def _attach_adapters(student: DiT, flex: FlexConfig) -> None:
+def _attach_adapters(student: FlexiTransformer, flex: FlexConfig) -> None:
     from flexidit.lora import add_adapters
 
     student.requires_grad_(False)
@@ -158,22 +162,21 @@ def _attach_adapters(student: DiT, flex: FlexConfig) -> None:
         _add_size_vector(student, size)
 
 
-def _both_ends(student: DiT, size: PatchSize) -> dict[str, Tensor]:
+def _both_ends(student: FlexiTransformer, size: PatchSize) -> dict[str, Tensor]:
     """What a plain model of this size has at both ends of the token sequence, by its names in the state dict."""
     weight, bias = student.x_embedder.weights(size)
-    assert bias is not None  # DiT's embedding has one
+    assert bias is not None  # of both families
     if size.name in student.size_embedder:
         bias = bias + student.size_embedder[size.name]
     own_weight, own_bias = student.final_layer.linear.weights(size)
-    is_base = size == student.base_patch_size
     return {
         "x_embedder.proj.weight": weight.squeeze(2),
         "x_embedder.proj.bias": bias,
         "final_layer.linear.weight": own_weight,
         "final_layer.linear.bias": own_bias,
-        "pos_embed": student.pos_embed if is_base else getattr(student, f"pos_embed_{size.name}"),
+        "pos_embed": student.positions(size, student.input_size),
     }
 
 
-def _add_size_vector(student: DiT, size: PatchSize) -> None:
+def _add_size_vector(student: FlexiTransformer, size: PatchSize) -> None:
     student.size_embedder[size.name] = nn.Parameter(student.pos_embed.new_zeros(student.config.hidden_size))

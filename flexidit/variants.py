@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from flexidit.config import DiTConfig
+from flexidit.config import DiTConfig, TextDiTConfig
 from flexidit.patch_size import PatchSize
 
 if TYPE_CHECKING:
-    from flexidit.models.dit import DiT
+    from flexidit.models import DiT, TextDiT
 
 _DIT_WIDTHS = {  # hidden_size, depth, num_heads (Peebles and Xie 2023, table 1)
     "S": (384, 12, 6),
@@ -23,26 +24,58 @@ _DIT_WIDTHS = {  # hidden_size, depth, num_heads (Peebles and Xie 2023, table 1)
 _DIT_PATCHES = (2, 4, 8)
 
 
+def _variants() -> Mapping[str, DiTConfig | TextDiTConfig]:
+    table: dict[str, DiTConfig | TextDiTConfig] = {
+        f"DiT-{name}/{patch}": DiTConfig(
+            patch_size=PatchSize.parse(patch), hidden_size=width, depth=depth, num_heads=heads
+        )
+        for name, (width, depth, heads) in _DIT_WIDTHS.items()
+        for patch in _DIT_PATCHES
+    }
+    table["PixArt-XL/2-256"] = TextDiTConfig()
+    table["PixArt-XL/2-512"] = TextDiTConfig(input_size=(64, 64))
+    table["PixArt-XL/2-1024"] = TextDiTConfig(input_size=(128, 128), position_scale=2.0, micro_conditions=True)
+    # 24 layers, width 2048, 4096 tokens, about 1.7 B parameters (appendix B.5, C.1); the autoencoder's 16 channels are
+    # Emu's (Dai et al. 2023); 256 text tokens fit the paper's FLOPs (READING.md); head size and text width are not said
+    table["Emu-1.7B"] = TextDiTConfig(
+        input_size=(128, 128),
+        in_channels=16,
+        hidden_size=2048,
+        depth=24,
+        num_heads=16,
+        learn_sigma=False,
+        caption_length=256,
+        position_table="learned",
+        qk_norm=True,
+    )
+    table["TextDiT-S/2"] = TextDiTConfig(hidden_size=384, depth=12, num_heads=6)
+    table["TextDiT-Tiny/2"] = TextDiTConfig(
+        hidden_size=64, depth=2, num_heads=4, caption_channels=64, caption_length=16
+    )
+    return MappingProxyType(table)
+
+
+VARIANTS = _variants()
+
+
 def known_variants() -> tuple[str, ...]:
     """All names that :func:`create_model` accepts."""
-    return tuple(f"DiT-{width}/{patch}" for width in _DIT_WIDTHS for patch in _DIT_PATCHES)
+    return tuple(VARIANTS)
 
 
-def variant_config(name: str, **overrides: Any) -> DiTConfig:
+def variant_config(name: str, **overrides: Any) -> DiTConfig | TextDiTConfig:
     """The config of a named variant, with any of its fields replaced.
 
     Args:
-        name: such as ``"DiT-XL/2"``.
+        name: such as ``"DiT-XL/2"`` or ``"PixArt-XL/2-256"``.
         **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent.
 
     Raises:
         ValueError: an unknown name or field; the message lists the known ones.
     """
-    if name not in known_variants():
+    if name not in VARIANTS:
         raise ValueError(f"unknown model {name!r}{_suggest(name, known_variants())}")
-    width, patch = name.removeprefix("DiT-").split("/")
-    hidden_size, depth, num_heads = _DIT_WIDTHS[width]
-    config = DiTConfig(patch_size=PatchSize.parse(patch), hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+    config = VARIANTS[name]
     known = [field.name for field in fields(config) if field.name != "flex"]
     for field in overrides:
         if field not in known:
@@ -50,11 +83,11 @@ def variant_config(name: str, **overrides: Any) -> DiTConfig:
     return replace(config, **{field: _parsed(field, value) for field, value in overrides.items()})
 
 
-def create_model(name: str, **overrides: Any) -> DiT:
+def create_model(name: str, **overrides: Any) -> DiT | TextDiT:
     """A randomly initialised model of a named variant.
 
     Args:
-        name: such as ``"DiT-XL/2"``.
+        name: such as ``"DiT-XL/2"`` or ``"PixArt-XL/2-256"``.
         **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent.
 
     Raises:
@@ -65,9 +98,9 @@ def create_model(name: str, **overrides: Any) -> DiT:
         >>> model.base_patch_size.name
         '1x2x2'
     """
-    from flexidit.models.dit import DiT
+    from flexidit.models import plain_model
 
-    return DiT(variant_config(name, **overrides))
+    return plain_model(variant_config(name, **overrides))  # type: ignore[return-value]
 
 
 def _parsed(field: str, value: Any) -> Any:

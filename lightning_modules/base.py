@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flexidit.conditions import choose
 from flexidit.config import config_to_dict
 from flexidit.diffusion.gaussian import GaussianDiffusion
 from flexidit.diffusion.losses import diffusion_loss
@@ -146,9 +147,10 @@ class DiffusionModule(LightningModule):
         t = draws.timesteps(self.diffusion.num_timesteps, x_start.device)
         noise = draws.noise_like(x_start)
         dropout = self.model.config.class_dropout_prob if self.training else 0.0
-        drop_ids = draws.dropped(dropout, y.device) if dropout > 0 else None
+        if dropout > 0:
+            y = choose(draws.dropped(dropout, y.device), self.model.null_condition(y), y)
         x_t = self.diffusion.q_sample(x_start, t, noise)
-        output = self.model(x_t, t, y, patch_size=patch_size, drop_ids=drop_ids)
+        output = self.model(x_t, t, y, patch_size=patch_size)
         return diffusion_loss(self.diffusion, output, x_start, x_t, t, noise, self.model.learn_sigma).total.mean()
 
     def on_validation_epoch_start(self) -> None:

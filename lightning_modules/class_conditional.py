@@ -123,8 +123,7 @@ class ClassConditional(DiffusionModule):
         return len(self.plan) if self._is_frozen else self.plan.num_powerful_steps
 
     def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor, patch_size: PatchSize) -> Tensor:
-        kept = torch.zeros_like(y, dtype=torch.bool)  # the chain imitates inference: no label is dropped
-        return self.model(x_t, t, y, patch_size=patch_size, drop_ids=kept)
+        return self.model(x_t, t, y, patch_size=patch_size)  # as at inference: no label is dropped
 
     def _matches_now(self) -> bool:
         settings, step = self.matching, self.global_step

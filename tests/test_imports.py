@@ -13,9 +13,10 @@ PACKAGES = ("flexidit", "lightning_modules", "datamodules", "callbacks")
 # layers of flexidit, lowest first: a module may import its own layer and those below
 LAYERS = [
     ("patch_size",),
-    ("config", "token_layout"),
+    ("config", "token_layout", "conditions"),
     ("patch_embed", "positions"),
     ("layers",),
+    ("text_layers",),
     ("models",),
     ("variants", "layouts", "recipes", "lora", "checkpoint"),
 ]

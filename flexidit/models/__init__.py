@@ -1,1 +1,16 @@
-"""Transformer families, one file each, with the module names of the family's public checkpoints."""
+"""The model families."""
+
+from __future__ import annotations
+
+from flexidit.config import DiTConfig, TextDiTConfig, TransformerConfig
+from flexidit.models.dit import DiT
+from flexidit.models.text_dit import TextDiT
+from flexidit.models.transformer import FlexiTransformer
+
+
+def plain_model(config: TransformerConfig) -> FlexiTransformer:
+    """A model with one patch size and fresh weights, of the config's family; a ``flex`` in it is not looked at."""
+    if isinstance(config, TextDiTConfig):
+        return TextDiT(config)
+    assert isinstance(config, DiTConfig)
+    return DiT(config)

@@ -31,6 +31,18 @@ def test_every_size_computes_what_the_student_does(student: DiT) -> None:
         torch.testing.assert_close(merged(x, t, Y, patch_size=patch_size), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["coords", "corners", "grid"])
+def test_patches_stay_where_they_are_at_another_latent_size(
+    randomised: Callable[..., nn.Module], positions: str
+) -> None:
+    model = create_model("DiT-Tiny/2", input_size=8, num_classes=10)
+    randomised(model)
+    student = flexify(model, [4], recipe="lora", rank=4, positions=positions).eval()  # type: ignore[arg-type]
+    x, t = torch.randn(2, 4, 12, 16), torch.tensor([3, 500])
+    expected = student(x, t, Y, patch_size=4)
+    torch.testing.assert_close(MergedModel(student)(x, t, Y, patch_size=4), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_sampler_takes_it_for_the_student(student: DiT) -> None:
     schedule = PatchSchedule.parse("8:1,4:1,2:1")
     ours, theirs = (

@@ -17,6 +17,20 @@ def test_all_papers_variants_are_there() -> None:
     assert {f"DiT-{w}/{p}" for w in ("S", "B", "L", "XL") for p in (2, 4, 8)} <= set(known_variants())
 
 
+def test_pixart_has_the_published_number_of_parameters() -> None:
+    """603 tensors with 610,856,096 parameters in diffusers' PixArtTransformer2DModel XL/2, positions aside."""
+    with torch.device("meta"):
+        model = create_model("PixArt-XL/2-512")
+    assert sum(p.numel() for n, p in model.named_parameters() if n != "pos_embed") == 610_856_096
+
+
+def test_emu_has_about_as_many_parameters_as_the_paper_says() -> None:
+    with torch.device("meta"):
+        model = create_model("Emu-1.7B")
+    assert model.base_patch_size.num_tokens(model.input_size) == 4096
+    assert 1.5e9 < sum(p.numel() for p in model.parameters()) < 1.8e9
+
+
 def test_overrides() -> None:
     config = variant_config("DiT-S/4", input_size=(8, 12), hidden_size=48, num_heads=4)
     assert (config.input_size, config.hidden_size, config.patch_size.name) == ((8, 12), 48, "1x4x4")

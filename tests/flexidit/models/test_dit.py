@@ -64,14 +64,18 @@ def test_a_fresh_model_predicts_zero(batch: Batch) -> None:
     assert not model(*batch, patch_size=2).any()
 
 
-def test_label_dropout(batch: Batch, randomised: Callable[..., nn.Module]) -> None:
-    model = create_model("DiT-Tiny/2", input_size=8, num_classes=10)
+def test_no_label_is_dropped_unasked(batch: Batch, randomised: Callable[..., nn.Module]) -> None:
+    """Training or not: a teacher and its student must see the same labels."""
+    model = create_model("DiT-Tiny/2", input_size=8, num_classes=10, class_dropout_prob=1.0)
     randomised(model)
     x, t, y = batch
-    dropped = model(x, t, y, patch_size=2, drop_ids=torch.ones(3, dtype=torch.bool))
-    model.eval()
-    assert torch.equal(dropped, model(x, t, model.null_condition(y), patch_size=2))
-    assert torch.equal(model(x, t, y, patch_size=2), model(x, t, y, patch_size=2))  # no dropout in eval mode
+    assert torch.equal(model.train()(x, t, y, patch_size=2), model.eval()(x, t, y, patch_size=2))
+    assert not torch.equal(model(x, t, model.null_condition(y), patch_size=2)[:2], model(x, t, y, patch_size=2)[:2])
+
+
+def test_the_null_label(batch: Batch) -> None:
+    y = batch[2]
+    assert create_model("DiT-Tiny/2", input_size=8, num_classes=10).null_condition(y).tolist() == [10, 10, 10]
     plain = create_model("DiT-Tiny/2", input_size=8, num_classes=10, class_dropout_prob=0.0)
     with pytest.raises(ValueError, match="no null label"):
         plain.null_condition(y)

@@ -1,0 +1,178 @@
+"""Text-conditional diffusion transformer with cross-attention and adaLN-single, at one or several patch sizes.
+
+It is PixArt-alpha (Chen et al. 2023), whose module names it has, the paper's "T2I Transf."; with ``qk_norm`` and
+learned positions it is the paper's Emu (appendix C.2).
+
+Shape legend: N batch, H W latent height and width, T tokens, L caption tokens, E width of the text encoder, D hidden
+size, P positions under one patch, O output channels, M sequences of all segments of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flexidit.conditions import CaptionKeys, Captions
+from flexidit.config import TextDiTConfig
+from flexidit.layers import TimestepEmbedder, join_vectors
+from flexidit.models.transformer import FlexiTransformer, pad
+from flexidit.patch_size import PatchSize
+from flexidit.text_layers import (
+    CaptionEmbedder,
+    CaptionTokens,
+    CrossAttention,
+    SizeEmbedder,
+    TextDiTBlock,
+    TextFinalLayer,
+)
+from flexidit.token_layout import TokenLayout
+
+
+class _Conditioning(NamedTuple):
+    """What time and caption of one batch have become."""
+
+    time: Tensor
+    """(N, D)."""
+    modulation: Tensor
+    """(N, 6 * D), for all blocks."""
+    hidden: Tensor | None
+    """(N, L, D) projected captions; None if each block's keys and values are there."""
+    keys_values: tuple[Tensor, ...]
+    """(N, L, 2 * D) for each block, or empty."""
+    mask: Tensor
+    """(N, L) bool."""
+
+    def tokens(self, block: int, num_sequences: int) -> CaptionTokens:
+        """For one block; sequences that packing has added see a copy of the last caption."""
+        rows = torch.arange(num_sequences, device=self.mask.device).clamp(max=len(self.mask) - 1)
+        values = self.keys_values[block] if self.keys_values else self.hidden
+        assert values is not None
+        mask = self.mask[:, None, None]
+        if num_sequences != len(mask):
+            values, mask = values[rows], mask[rows]
+        return CaptionTokens(None, values, mask) if self.keys_values else CaptionTokens(values, None, mask)
+
+
+class TextDiT(FlexiTransformer):
+    """Predicts the noise (and the variance) in latents: (N, C, H, W), (N,), N captions -> (N, O, H, W).
+
+    The condition ``y`` is :class:`Captions`, or :class:`CaptionKeys` from :meth:`prepare`.
+    """
+
+    config: TextDiTConfig
+
+    def __init__(self, config: TextDiTConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.t_embedder = TimestepEmbedder(width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        null_length = config.caption_length if config.null_caption else 0
+        self.y_embedder = CaptionEmbedder(config.caption_channels, width, null_length)
+        if config.micro_conditions:
+            self.csize_embedder, self.ar_embedder = SizeEmbedder(width // 3), SizeEmbedder(width // 3)
+        num_tokens = config.patch_size.num_tokens(config.input_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width), requires_grad=not config.computes_positions)
+        self.blocks = nn.ModuleList(
+            TextDiTBlock(width, config.num_heads, config.mlp_ratio, qk_norm=config.qk_norm) for _ in range(config.depth)
+        )
+        self.final_layer = TextFinalLayer(width, self.out_channels, config.patch_size)
+        self.size_embedder = nn.ParameterDict()
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """PixArt's initialisation: Xavier for linear maps; cross-attention and output start at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as a linear map, not as a convolution
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
+        embedders = [module for module in self.modules() if isinstance(module, TimestepEmbedder)]
+        linear = [embedder.mlp[i] for embedder in embedders for i in (0, 2)]
+        for layer in (*linear, self.t_block[1], self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2):
+            nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(cast(TextDiTBlock, block).cross_attn.proj.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+        with torch.no_grad():
+            if self.config.computes_positions:
+                self.pos_embed.copy_(self.computed_positions(self.base_patch_size, self.input_size))
+            else:
+                nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def coordinates(self, patch_size: PatchSize, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of the patches, in units of the base grid: (h,), (w,) float64.
+
+        Any latent size spans the extent of the configured one, divided by ``position_scale``, as in PixArt
+        (``lewei_scale``) and in diffusers (``interpolation_scale``).
+        """
+        axes = super().coordinates(patch_size, size)
+        own, configured = self._unit.grid(size)[1:], self._unit.grid(self.input_size)[1:]
+        each = zip(axes, configured, own, strict=True)
+        rows, columns = (axis * (span / (count * self.config.position_scale)) for axis, span, count in each)
+        return rows, columns
+
+    def embed_condition(self, t: Tensor, y: Captions | CaptionKeys, size: Sequence[int]) -> _Conditioning:
+        """(N,), N captions, latent size."""
+        time = self.t_embedder(t)  # (N, D)
+        if self.config.micro_conditions:
+            time = time + self._embed_image_size(y, size).to(time.dtype)
+        if isinstance(y, CaptionKeys):
+            return _Conditioning(time, self.t_block(time), None, y.keys_values, y.mask)
+        return _Conditioning(time, self.t_block(time), self.y_embedder(y.embeddings, y.mask), (), y.mask)
+
+    def block_arguments(
+        self, conditions: Sequence[_Conditioning], layout: TokenLayout
+    ) -> Iterable[tuple[Tensor, list[CaptionTokens]]]:
+        """For each block: modulation (M, 6 * D), and the captions of each segment."""
+        counts = [segment.num_sequences for segment in layout.segments]
+        modulation = join_vectors(pad(c.modulation, count) for c, count in zip(conditions, counts, strict=True))
+        for block in range(len(self.blocks)):
+            yield modulation, [c.tokens(block, count) for c, count in zip(conditions, counts, strict=True)]
+
+    def project(self, tokens: Tensor, condition: _Conditioning, patch_size: PatchSize) -> Tensor:
+        """(N, T, D) -> (N, T, P * O)."""
+        return self.final_layer(tokens, condition.time, patch_size=patch_size)
+
+    def null_condition(self, y: Captions) -> Captions:
+        """The caption of the unconditional prediction, as many as ``y`` and with their masks, as PixArt trains it.
+
+        Raises:
+            ValueError: the weights have none, or captions are longer than it is.
+        """
+        null = self.y_embedder.y_embedding
+        if null is None:
+            raise ValueError(
+                "these weights have no null caption (diffusers' layout does not hold it): give negative captions, such "
+                "as the encoded empty prompt, or use cfg_scale=1"
+            )
+        if y.num_tokens > len(null):
+            raise ValueError(f"captions of {y.num_tokens} tokens are longer than the model's {len(null)}; cut them")
+        embeddings = null[: y.num_tokens].to(y.embeddings).expand_as(y.embeddings)
+        return Captions(embeddings, y.mask, y.image_size)
+
+    def prepare(self, y: Captions) -> Captions | CaptionKeys:
+        """Keys and values of cross-attention, which no step and no patch size changes: once for a sampling run.
+
+        Sharded weights are gathered block by block inside their own forward, so there captions stay as they are.
+        """
+        first = cast(CrossAttention, self.blocks[0].cross_attn) if len(self.blocks) else None
+        if first is None or isinstance(first.kv_linear.weight, DTensor):
+            return y
+        hidden = self.y_embedder(y.embeddings, y.mask)
+        keys_values = tuple(cast(CrossAttention, block.cross_attn).kv_linear(hidden) for block in self.blocks)
+        return CaptionKeys(keys_values, y.mask, y.image_size)
+
+    def _embed_image_size(self, y: Captions | CaptionKeys, size: Sequence[int]) -> Tensor:
+        """Height, width and their ratio: (N, D)."""
+        pixels = y.image_size
+        if pixels is None:
+            sides = [side * self.config.pixels_per_latent for side in size]
+            pixels = torch.tensor([sides], device=y.mask.device).expand(len(y), -1)
+        ratio = pixels[:, :1] / pixels[:, 1:]
+        return torch.cat([self.csize_embedder(pixels), self.ar_embedder(ratio)], dim=1)

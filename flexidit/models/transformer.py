@@ -1,0 +1,211 @@
+"""What the model families share: patch sizes, tokens with their positions, blocks over one or several batches.
+
+Shape legend: N batch, C channels, H W latent height and width, T tokens, D hidden size, P positions under one patch,
+O output channels (2 C with a learned variance, else C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flexidit.config import TransformerConfig
+from flexidit.layers import attention_masks, join_tokens, split_tokens
+from flexidit.patch_embed import PatchEmbed, unpatchify
+from flexidit.patch_size import PatchSize, PatchSizeLike
+from flexidit.positions import interpolate_table, patch_centres, sincos_2d
+from flexidit.token_layout import Packing, Segment, TokenLayout, split_attention
+
+
+class FlexiTransformer(nn.Module):
+    """Predicts the noise (and the variance) in latents: (N, C, H, W), (N,), N conditions -> (N, O, H, W).
+
+    ``patch_size`` is a keyword without default at every call: which prediction is cheap and which is good is the
+    caller's decision, and a forgotten argument must not quietly choose. No condition is dropped in here either: which
+    ones are is the training step's decision, that a teacher and its student share it.
+
+    A family adds its embedders and says, in :meth:`embed_condition`, :meth:`block_arguments` and :meth:`project`, how
+    time and condition reach the tokens.
+    """
+
+    can_pack = True  # takes several batches in one call; see forward
+    config: TransformerConfig
+    pos_embed: Tensor
+    blocks: nn.ModuleList
+    final_layer: Any
+    size_embedder: nn.ParameterDict
+    """One vector per patch size that ``flexify`` gave one."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
+
+    @property
+    def base_patch_size(self) -> PatchSize:
+        """The pre-trained, most powerful size."""
+        return self.config.patch_size
+
+    @property
+    def patch_sizes(self) -> tuple[PatchSize, ...]:
+        """All sizes that a call accepts, base first."""
+        return self.config.patch_sizes
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+        return self.config.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """O."""
+        return self.config.out_channels
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Whether the last C output channels are a variance."""
+        return self.config.learn_sigma
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Latent size that positions are held for; others are computed at each call."""
+        return self.config.input_size
+
+    def embed_condition(self, t: Tensor, y: Any, size: Sequence[int]) -> Any:
+        """Time and condition of one batch as the family's blocks take them: (N,), N conditions."""
+        raise NotImplementedError
+
+    def block_arguments(self, conditions: Sequence[Any], layout: TokenLayout) -> Iterable[tuple[Any, ...]]:
+        """For each block, what it takes beside the tokens, for all segments of the layout."""
+        raise NotImplementedError
+
+    def project(self, tokens: Tensor, condition: Any, patch_size: PatchSize) -> Tensor:
+        """Tokens to patches: (N, T, D) -> (N, T, P * O)."""
+        raise NotImplementedError
+
+    def null_condition(self, y: Any) -> Any:
+        """The condition of the unconditional prediction, as many as ``y``."""
+        raise NotImplementedError
+
+    def prepare(self, y: Any) -> Any:
+        """What no step and no patch size changes about conditions, computed once for a sampling run."""
+        return y
+
+    def forward(self, x, t, y, *, patch_size, packing=split_attention):  # type: ignore[no-untyped-def]
+        """One batch at one patch size; or several, in lists of equal length, in one pass through the blocks.
+
+        Args:
+            x: (N, C, H, W).
+            t: (N,).
+            y: N conditions: (N,) labels, or captions.
+            patch_size: one of ``patch_sizes``.
+            packing: of several batches, which tokens are padded and which attend in one call. The predictions are
+                those of separate calls, whatever it is.
+
+        Raises:
+            ValueError: a patch size that the model was not made for.
+        """
+        if isinstance(x, Tensor):
+            return self._predict([x], [t], [y], [patch_size], split_attention)[0]
+        return self._predict(x, t, y, patch_size, packing)
+
+    def tokenize(self, x: Tensor, patch_size: PatchSize) -> Tensor:
+        """Embedded patches with position and size: (N, C, H, W) -> (N, T, D)."""
+        tokens = self.x_embedder(x, patch_size=patch_size) + self.positions(patch_size, x.shape[2:])
+        if patch_size.name in self.size_embedder:
+            tokens = tokens + self.size_embedder[patch_size.name]
+        return tokens
+
+    def check_patch_size(self, patch_size: PatchSizeLike) -> PatchSize:
+        """The parsed size, if this model has it."""
+        parsed = PatchSize.parse(patch_size)
+        if parsed not in self.patch_sizes:
+            known = ", ".join(size.name for size in self.patch_sizes)
+            raise ValueError(f"this model has no patch size {parsed.name}, only {known}; flexify() adds sizes")
+        return parsed
+
+    def reset_derived(self) -> None:
+        """Recompute what is derived from the config and never saved: resize matrices, positions of weak patches."""
+        for layer in (self.x_embedder, self.final_layer.linear):
+            layer.reset_derived()
+        if self.config.computes_positions:
+            for size in self.patch_sizes[1:]:
+                table = self.computed_positions(size, self.input_size)
+                self.register_buffer(f"pos_embed_{size.name}", table, persistent=False)
+
+    def positions(self, patch_size: PatchSize, size: Sequence[int]) -> Tensor:
+        """(1, T, D); computed here only for a latent size other than the configured one, or from a learned table."""
+        is_native = tuple(size) == self.input_size
+        if is_native and patch_size == self.base_patch_size:
+            return self.pos_embed
+        if not self.config.computes_positions:
+            rows, columns = self.coordinates(patch_size, size)
+            return interpolate_table(self.pos_embed, self._unit.grid(self.input_size)[1:], rows, columns)
+        if is_native:
+            return getattr(self, f"pos_embed_{patch_size.name}")
+        return self.computed_positions(patch_size, size)
+
+    def computed_positions(self, patch_size: PatchSize, size: Sequence[int]) -> Tensor:
+        """Sines and cosines at the patches' coordinates: (1, T, D)."""
+        rows, columns = self.coordinates(patch_size, size)
+        return sincos_2d(rows, columns, self.config.hidden_size).to(self.pos_embed.dtype).unsqueeze(0)
+
+    def coordinates(self, patch_size: PatchSize, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of the patches along height and width, in units of the base grid: (h,), (w,) float64."""
+        placement = self.config.flex.positions if self.config.flex else self.config.placement
+        device = self.pos_embed.device
+        _, rows, columns = patch_centres(size, patch_size, self._unit, positions=placement, device=device)
+        return rows, columns
+
+    @property
+    def _unit(self) -> PatchSize:
+        return self.config.position_unit or self.base_patch_size
+
+    def _predict(
+        self,
+        x: Sequence[Tensor],
+        t: Sequence[Tensor],
+        y: Sequence[Any],
+        patch_sizes: Sequence[PatchSizeLike],
+        packing: Packing,
+    ) -> list[Tensor]:
+        sizes = [self.check_patch_size(size) for size in patch_sizes]
+        each = zip(t, y, x, strict=True)
+        conditions = [self.embed_condition(ti, yi, xi.shape[2:]) for ti, yi, xi in each]
+        tokens = [self.tokenize(xi, size) for xi, size in zip(x, sizes, strict=True)]  # (N, T, D) each
+        tokens = self._run_blocks(tokens, conditions, sizes, packing)
+        parts = zip(tokens, conditions, sizes, x, strict=True)
+        out = ((self.project(h, condition, size), size, xi.shape[2:]) for h, condition, size, xi in parts)
+        return [unpatchify(patches, size, latent_size) for patches, size, latent_size in out]  # (N, O, H, W) each
+
+    def _run_blocks(
+        self, tokens: Sequence[Tensor], conditions: Sequence[Any], sizes: Sequence[PatchSize], packing: Packing
+    ) -> list[Tensor]:
+        """Pad as the packing wants it, run, drop the padding: (N, T, D) each -> (N, T, D) each."""
+        layout = packing([Segment(size, *h.shape[:2]) for size, h in zip(sizes, tokens, strict=True)])
+        masks = attention_masks(layout, tokens[0].device)
+        x = join_tokens(pad(h, s.num_sequences, s.num_tokens) for h, s in zip(tokens, layout.segments, strict=True))
+        for block, arguments in zip(self.blocks, self.block_arguments(conditions, layout), strict=True):
+            x = self._run(block, x, *arguments, layout=layout, masks=masks)  # (N, T, D), or joined
+        parts = zip(split_tokens(x, layout), tokens, strict=True)
+        return [part[: h.shape[0], : h.shape[1]] for part, h in parts]
+
+    def _run(self, block: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, **keywords, use_reentrant=False)
+        return block(*arguments, **keywords)
+
+
+def pad(x: Tensor, *lengths: int) -> Tensor:
+    """``x`` with zeros at the end of its first axes, up to these lengths."""
+    missing = [length - given for length, given in zip(lengths, x.shape, strict=False)]
+    if not any(missing):
+        return x
+    axes_to_last = [0] * (x.dim() - len(lengths)) + missing[::-1]
+    return F.pad(x, [n for extra in axes_to_last for n in (0, extra)])
