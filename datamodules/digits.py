@@ -4,34 +4,16 @@ Shape legend: N batch, S side of the image.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.loading import ResumableDataModule, ResumableLoader, check_fraction, map_loader
+from flexidit.digit_images import NATIVE_SIZE, NUM_CLASSES, load_digit_images
 from flexidit.draws import Draw
 from flexidit.latents import PixelCodec
-
-NATIVE_SIZE = 8
-NUM_CLASSES = 10
-
-
-def load_digit_images(size: int = NATIVE_SIZE) -> tuple[Tensor, Tensor]:
-    """All digits: ``(x (1797, 1, S, S) float32 in [-1, 1], y (1797,) int64)``, bilinear above 8 pixels.
-
-    Raises:
-        ValueError: if the size is below 8.
-    """
-    from sklearn.datasets import load_digits
-
-    if size < NATIVE_SIZE:
-        raise ValueError(f"the digits have {NATIVE_SIZE} pixels a side: size is at least {NATIVE_SIZE}, got {size}")
-    data = load_digits()
-    x = torch.from_numpy(data.images).float().div(8).sub(1).unsqueeze(1)  # grey levels 0 to 16
-    x = F.interpolate(x, (size, size), mode="bilinear") if size > NATIVE_SIZE else x
-    return x, torch.from_numpy(data.target).long()
 
 
 class TensorSamples(Dataset[dict[str, Tensor]]):
@@ -101,7 +83,7 @@ class DigitsDataModule(ResumableDataModule):
         self.size, self.batch_size, self.val_fraction = size, batch_size, val_fraction
         self.seed, self.num_workers = seed, num_workers
         self.codec = PixelCodec(channels=1)
-        self.dataset: TensorSamples | None = None
+        self.dataset: Dataset[Any] | None = None
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -111,16 +93,23 @@ class DigitsDataModule(ResumableDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load and split; the same on every rank."""
         if self.dataset is None:
-            self.dataset = TensorSamples(*load_digit_images(self.size))
-            self.train_indices, self.val_indices = stratified_split(self.dataset.y, self.val_fraction, self.seed)
+            self.images, self.labels = load_digit_images(self.size)
+            self.train_indices, self.val_indices = stratified_split(self.labels, self.val_fraction, self.seed)
+            self.dataset = self.make_dataset()
+
+    def make_dataset(self) -> Dataset[Any]:
+        """What batches are read from: ``images`` and ``labels`` of all digits, which are there."""
+        return TensorSamples(self.images, self.labels)
 
     def train_images(self) -> tuple[Tensor, Tensor]:
         """All training images and labels, for statistics and classifiers."""
-        return self._images("train_indices")
+        self.setup()
+        return self.images[self.train_indices], self.labels[self.train_indices]
 
     def val_images(self) -> tuple[Tensor, Tensor]:
         """All held-out images and labels."""
-        return self._images("val_indices")
+        self.setup()
+        return self.images[self.val_indices], self.labels[self.val_indices]
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, whole batches only."""
@@ -131,12 +120,6 @@ class DigitsDataModule(ResumableDataModule):
         """Fixed order, everything; nothing without held-out images."""
         self.setup()
         return self._loader(self.val_indices, training=False) if len(self.val_indices) else []
-
-    def _images(self, name: str) -> tuple[Tensor, Tensor]:
-        self.setup()
-        assert self.dataset is not None
-        indices = getattr(self, name)
-        return self.dataset.x[indices], self.dataset.y[indices]
 
     def _loader(self, indices: Tensor, training: bool) -> ResumableLoader:
         assert self.dataset is not None

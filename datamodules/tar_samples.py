@@ -1,4 +1,4 @@
-"""Raw images streamed from webdataset tars (``name.jpg`` with ``name.cls``).
+"""Raw images streamed from webdataset tars: ``name.jpg`` with ``name.cls``, or with ``name.txt`` or ``name.json``.
 
 A stream has no random access, so what is exact elsewhere is bought here: shards are shuffled and dealt to ranks and
 workers by (seed, epoch), samples are shuffled in a buffer, and a resume reads again what the interrupted epoch had
@@ -8,24 +8,32 @@ Shape legend: S side of the square crop.
 """
 
 import hashlib
+import json
 import logging
+import math
 import random
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flexidit.draws import Draw, draw_flip
+from flexidit.captioned_images import caption_fault, parse_captions
+from flexidit.draws import Draw, draw_choice, draw_flip
 from flexidit.images import BrokenImageError, read_pixels
 from flexidit.latent_shards import OnError
+from flexidit.skips import SkipReport
 
 logger = logging.getLogger(__name__)
+TarTarget = Literal["label", "caption"]
+_TARGET_KEYS: dict[TarTarget, tuple[str, ...]] = {"label": ("cls",), "caption": ("txt", "json")}
 _IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 _MAX_WORKERS = 256
+_NAME_BYTES = 1 << 14
+_MAX_EMPTY_PASSES = 8
 
 
 def expand_tars(source: str | Path) -> list[str]:
@@ -44,8 +52,62 @@ def expand_tars(source: str | Path) -> list[str]:
     return tars
 
 
-def count_samples(tars: list[str]) -> int:
-    """Samples of local tars, by their ``.cls`` members; reads headers only. A cut tar counts up to the cut.
+class BrokenSampleError(ValueError):
+    """A sample of a tar that cannot be used."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} {reason}" if reason.startswith("has ") else f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+class SharedSkips:
+    """What the workers of one process left out: counted without limit, named as far as a buffer reaches.
+
+    Workers hold copies of the data set. This lies in shared memory, one row a worker, so that nobody needs a lock.
+    A sample that is met again, in a later epoch, is counted again and named once.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
+        self.names = torch.zeros(_MAX_WORKERS, _NAME_BYTES, dtype=torch.uint8).share_memory_()
+        self.unnamed = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
+
+    def add(self, name: str, reason: str) -> None:
+        """Count one more; called in a worker, or in the process itself."""
+        info = get_worker_info()
+        row = info.id % _MAX_WORKERS if info else 0
+        self.counts[row] += 1
+        line, text = json.dumps([name, reason]).encode(), self._text(row)
+        start, end = len(text), len(text) + len(line)
+        if line in text.splitlines():
+            return
+        if end >= _NAME_BYTES:
+            self.unnamed[row] += 1
+            return
+        buffer = self.names[row].numpy()
+        buffer[start:end] = np.frombuffer(line, np.uint8)
+        buffer[end] = ord("\n")  # last: a line without its end is not read
+
+    def report(self) -> SkipReport:
+        """By name; what did not fit the buffer is one line at the end."""
+        report = SkipReport()
+        rows = self.names[:, 0].nonzero().flatten().tolist()
+        lines = (line for row in rows for line in self._text(row).split(b"\n")[:-1])
+        for line in dict.fromkeys(lines):
+            report.add(*json.loads(line))
+        if unnamed := int(self.unnamed.sum()):
+            report.add("further samples", f"{unnamed} times, named in the log")
+        return report
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def _text(self, row: int) -> bytes:
+        return self.names[row].numpy().tobytes().rstrip(b"\0")
+
+
+def count_samples(tars: list[str], target: TarTarget = "label") -> int:
+    """Samples of local tars, by their labels or captions; reads headers only. A cut tar counts up to the cut.
 
     Raises:
         ValueError: if a tar is not a local file.
@@ -53,7 +115,7 @@ def count_samples(tars: list[str]) -> int:
     remote = next((tar for tar in tars if _is_remote(tar)), None)
     if remote:
         raise ValueError(f"the samples of {remote} cannot be counted from here: set num_train_samples")
-    return sum(_count(tar) for tar in tars)
+    return sum(_count(tar, _TARGET_KEYS[target]) for tar in tars)
 
 
 def cut_tars(tars: list[str]) -> list[str]:
@@ -73,23 +135,30 @@ def _is_remote(tar: str) -> bool:
     return "://" in tar or tar.startswith("pipe:")
 
 
-def _count(tar: str) -> int:
-    total = 0
+def _count(tar: str, keys: tuple[str, ...]) -> int:
+    total, last = 0, None
     try:
         with tarfile.open(tar) as archive:
             for member in archive:
-                total += member.name.endswith(".cls")
+                name, _, suffix = member.name.rpartition(".")
+                if suffix.lower() in keys:
+                    total, last = total + (name != last), name  # name.txt and name.json are one sample
     except (tarfile.TarError, OSError, EOFError) as error:
         logger.warning("%s is damaged: %s", tar, error)
     return total
 
 
-class TarSamples(IterableDataset[dict[str, Tensor]]):
+class TarSamples(IterableDataset[dict[str, Any]]):
     """Endless stream of one rank for training, or one pass over its tars for evaluation.
+
+    Samples are ``{"x": (3, S, S), "index", "epoch"}`` with ``y``, the label, or ``texts``, one of the captions, drawn
+    anew in every epoch, keyed by (seed, epoch, name of the sample). Captions are read as those beside image files are
+    (:func:`~flexidit.captioned_images.find_captioned_images`): ``name.txt``, else ``name.json``.
 
     Args:
         tars: files or URLs.
         size: S.
+        target: whether labels or captions belong to the images.
         num_samples: of all tars together; with ``batch_size`` it makes the length of an epoch, equal on all ranks.
         batch_size: of one process.
         training: shuffle, repeat, flip as asked.
@@ -107,6 +176,7 @@ class TarSamples(IterableDataset[dict[str, Tensor]]):
         tars: list[str],
         size: int,
         *,
+        target: TarTarget = "label",
         num_samples: int,
         batch_size: int,
         training: bool,
@@ -121,9 +191,10 @@ class TarSamples(IterableDataset[dict[str, Tensor]]):
         self.tars, self.image_size, self.training, self.flip = tars, size, training, flip and training
         self.size, self.seed, self.rank, self.num_replicas = num_samples, seed, rank, world_size
         self.shuffle_buffer, self.num_classes, self.on_error = shuffle_buffer, num_classes, on_error
+        self.target = target
         self.num_batches = num_samples // (batch_size * world_size) if training else None
         self.epoch, self.shuffle = 0, training
-        self._num_skipped = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()  # by worker
+        self.skips = SharedSkips()
         self.cut = cut_tars(tars)
         if self.cut and on_error == "raise":
             raise ValueError(f"{self.cut[0]} is cut short: write it again, or set on_error to skip")
@@ -134,25 +205,32 @@ class TarSamples(IterableDataset[dict[str, Tensor]]):
 
     @property
     def num_skipped(self) -> int:
-        """Broken samples met so far by all workers of this process; the log names them."""
-        return int(self._num_skipped.sum())
+        """Broken samples met so far by all workers of this process, once in every epoch."""
+        return len(self.skips)
+
+    def report(self) -> SkipReport:
+        """The cut tars, and the broken samples that all workers of this process met so far, by name."""
+        report = SkipReport()
+        for tar in self.cut:
+            report.add(tar, "cut short")
+        report.extend(self.skips.report())
+        return report
 
     def seek(self, epoch: int) -> None:
         """Choose the order of the next iterators."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        passes = 0
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        passes, empty = 0, 0
         while True:
             count = 0
             for sample in self._pipeline(passes):
                 count += 1
                 yield sample
-            passes += 1
+            passes, empty = passes + 1, 0 if count else empty + 1
+            self._check_empty(empty)
             if not self.training or not self._has_tars():
                 return
-            if not count:
-                raise ValueError(f"none of the samples of {self.tars[0]} and the other tars can be read")
 
     def check_shards(self, num_workers: int) -> None:
         """Refuse fewer tars than reading processes: some would have nothing to read.
@@ -165,6 +243,20 @@ class TarSamples(IterableDataset[dict[str, Tensor]]):
             raise ValueError(
                 f"{len(self.tars)} tars cannot feed {readers} readers ({self.num_replicas} processes with "
                 f"{max(1, num_workers)} workers): lower num_workers, or write more and smaller tars"
+            )
+
+    def _check_empty(self, empty: int) -> None:
+        """Refuse tars without one usable sample, after some passes in a row that gave none.
+
+        One of several readers may have drawn nothing but a damaged tar, and draws others in the next pass.
+        """
+        info = get_worker_info()
+        is_alone = self.num_replicas == 1 and (info is None or info.num_workers == 1)
+        patience = 1 if is_alone else min(len(self.tars), _MAX_EMPTY_PASSES) if self.training else math.inf
+        if empty >= patience and self._has_tars():
+            raise ValueError(
+                f"none of the samples of {self.tars[0]} and the other tars can be read: "
+                f"{self.report().summary('item', 3)}"
             )
 
     def _has_tars(self) -> bool:
@@ -186,38 +278,68 @@ class TarSamples(IterableDataset[dict[str, Tensor]]):
     def _split_by_rank(self, tars: Iterator[Any]) -> Iterator[Any]:
         return (tar for position, tar in enumerate(tars) if position % self.num_replicas == self.rank)
 
-    def _decode(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+    def _decode(self, sample: dict[str, Any]) -> dict[str, Any]:
         name = f"{sample.get('__url__')}: {sample['__key__']}"
-        data = next((sample[key] for key in _IMAGE_KEYS if key in sample), None)
-        if data is None:
-            raise BrokenImageError(f"{name} has no image")
-        label = self._label(sample, name)
+        draw = Draw(_number(sample["__key__"]), self.epoch)
         try:
+            data = next((sample[key] for key in _IMAGE_KEYS if key in sample), None)
+            if data is None:
+                raise BrokenImageError("has no image")
+            target = self._label(sample) if self.target == "label" else self._caption(sample, name, draw)
             pixels = read_pixels(data, self.image_size)
         except BrokenImageError as error:
-            raise BrokenImageError(f"{name}: {error}") from error
-        draw = Draw(_number(sample["__key__"]), self.epoch)
+            raise BrokenSampleError(name, str(error)) from error
         if self.flip and draw_flip(self.seed, draw):
             pixels = pixels.flip(-1)
-        numbers = {"y": label, "index": draw.sample, "epoch": draw.epoch}
-        return {"x": pixels, **{key: torch.tensor(value) for key, value in numbers.items()}}
+        return {"x": pixels, **target, "index": torch.tensor(draw.sample), "epoch": torch.tensor(draw.epoch)}
 
-    def _label(self, sample: dict[str, Any], name: str) -> int:
+    def _label(self, sample: dict[str, Any]) -> dict[str, Any]:
         text = sample.get("cls", b"").decode(errors="replace").strip()
         if not text.isdecimal():
-            raise BrokenImageError(f"{name} has no label" if not text else f"{name} has the label {text!r}")
+            raise BrokenImageError("has no label" if not text else f"has the label {text!r}")
         if self.num_classes is not None and int(text) >= self.num_classes:
-            raise BrokenImageError(f"{name} has class {text}, the model has {self.num_classes} classes")
-        return int(text)
+            raise BrokenImageError(f"has class {text}, the model has {self.num_classes} classes")
+        return {"y": torch.tensor(int(text))}
+
+    def _caption(self, sample: dict[str, Any], name: str, draw: Draw) -> dict[str, Any]:
+        captions, faults = _read_captions(sample)
+        if not captions:
+            raise BrokenImageError(faults[0])
+        for fault in faults:
+            self._handle(BrokenSampleError(name, fault))
+        return {"texts": captions[draw_choice(self.seed, draw, len(captions))]}
 
     def _handle(self, error: Exception) -> bool:
         """Count, name and go on; True tells webdataset to continue."""
+        broken = error if isinstance(error, BrokenSampleError) else _name(error)
         if self.on_error == "raise":
-            raise ValueError(str(error)) from error
-        info = get_worker_info()
-        self._num_skipped[info.id % _MAX_WORKERS if info else 0] += 1
-        logger.warning("skipped %s", " ".join(str(part) for part in error.args if isinstance(part, str)))
+            raise ValueError(str(broken)) from error
+        self.skips.add(broken.name, broken.reason)
+        logger.warning("skipped %s", broken)
         return True
+
+
+def _read_captions(sample: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(captions, what is wrong with others); the text goes before the JSON, as with files beside images."""
+    key = next((key for key in _TARGET_KEYS["caption"] if key in sample), None)
+    try:
+        found = None if key is None else parse_captions(sample[key], f".{key}")
+    except ValueError as error:
+        raise BrokenImageError(f".{key} {error}") from error
+    if not found:
+        raise BrokenImageError("has no caption" if found is None else "empty caption")
+    texts = found if isinstance(found, list) else [found]
+    faults = [fault for fault in map(caption_fault, texts) if fault]
+    return list(dict.fromkeys(text.strip() for text in texts if not caption_fault(text))), faults
+
+
+def _name(error: Exception) -> BrokenSampleError:
+    """webdataset's errors carry the tar behind the message, or a member before the colon of the message."""
+    texts = [part for part in error.args if isinstance(part, str)] or [type(error).__name__]
+    if len(texts) > 1:
+        return BrokenSampleError(texts[-1], " ".join(texts[:-1]))
+    name, _, reason = texts[0].partition(": ")
+    return BrokenSampleError(name, reason or type(error).__name__)
 
 
 def _number(key: str) -> int:

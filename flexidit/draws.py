@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FLIP, _NOISE = 0, 1  # independent streams of one sample
+_FLIP, _NOISE, _CHOICE = 0, 1, 2  # independent streams of one sample
 
 
 class Draw(NamedTuple):
@@ -42,3 +42,8 @@ def draw_flip(seed: int, draw: Draw) -> bool:
 def draw_noise(seed: int, draw: Draw, shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise for this sample in this epoch, float32, of the given shape."""
     return torch.from_numpy(_generator(seed, draw, _NOISE).standard_normal(shape, dtype=np.float32))
+
+
+def draw_choice(seed: int, draw: Draw, count: int) -> int:
+    """Which of ``count`` things (captions of an image) this sample uses in this epoch: each is as likely."""
+    return int(_generator(seed, draw, _CHOICE).integers(count))

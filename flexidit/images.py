@@ -148,7 +148,7 @@ def find_images(root: str | Path, labels: str | Path | None = None, num_classes:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder of images at {root}")
-    files = _image_files(root)
+    files = image_files(root)
     if not files:
         raise FileNotFoundError(f"no images under {root}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
     table = Path(labels) if labels is not None else root / LABELS_FILE
@@ -159,7 +159,8 @@ def find_images(root: str | Path, labels: str | Path | None = None, num_classes:
     return index
 
 
-def _image_files(root: Path) -> list[str]:
+def image_files(root: Path) -> list[str]:
+    """Images below a folder, relative to it, with forward slashes, sorted by path."""
     paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     relative = (path.relative_to(root) for path in paths)
     # compare component by component, so that "a/x" < "a-b/x" whatever the separator's code point is

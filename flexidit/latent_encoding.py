@@ -6,9 +6,10 @@ Shape legend: N images of a chunk, Z latent channels, h w latent height and widt
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save
@@ -25,10 +26,12 @@ from flexidit.latent_shards import (
     make_fingerprint,
     sha256_of,
 )
-from flexidit.latents import CodecDtype, LatentCodec, latent_size
+from flexidit.latents import CodecDtype, LatentCodec, PixelCodec, latent_size
 from flexidit.skips import Skip, SkipReport
 
 logger = logging.getLogger(__name__)
+Codec = LatentCodec | PixelCodec
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,94 @@ class EncodeResult:
     """Images that an earlier, interrupted run had encoded."""
     skips: SkipReport
     """Images that could not be used, of all runs."""
+    truncated: SkipReport
+    """Captions that lost their ends, of all runs; labels have none."""
+
+
+class ImageSource(Protocol):
+    """A list of images that know what they are: :class:`ImageIndex`, or one with captions."""
+
+    @property
+    def files(self) -> list[str]:
+        """Names, in a fixed order."""
+
+    @property
+    def skips(self) -> SkipReport:
+        """What was left out when they were listed."""
+
+    def path(self, index: int) -> Path:
+        """Where one image lies."""
+
+    def __len__(self) -> int: ...
+
+
+@dataclass
+class CompanionRows:
+    """What stands beside the latents of a few images."""
+
+    tensors: dict[str, Tensor]
+    """Tables, each of which grows along its first axis."""
+    records: list[dict[str, Any]]
+    """For the names beside the shard, one an image."""
+    truncated: list[Skip] = field(default_factory=list)
+
+
+class Companions(Protocol):
+    """What a model is told beside the images, and shards hold beside the latents: labels, or embedded captions."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Added to that of the latents."""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What identifies the work beside sizes, for continuing it."""
+
+    @property
+    def header(self) -> dict[str, str] | None:
+        """Written into every shard."""
+
+    def begin(self, out: Path) -> None:
+        """Write what the folder needs once."""
+
+    def rows(self, positions: Sequence[int]) -> CompanionRows:
+        """Those of some images."""
+
+
+class Labels:
+    """Companions of class-conditional data: one whole number an image."""
+
+    header = None
+
+    def __init__(self, images: ImageIndex) -> None:
+        self.images = images
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Nothing: labels are what they are."""
+        return {}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Names and labels, hashed."""
+        lines = (f"{file}\t{label}" for file, label in zip(self.images.files, self.images.labels, strict=True))
+        return {"names_and_labels_sha256": hash_lines(lines)}
+
+    def begin(self, out: Path) -> None:
+        """Nothing to write."""
+
+    def rows(self, positions: Sequence[int]) -> CompanionRows:
+        """``label`` (N,) int64."""
+        labels = [self.images.labels[p] for p in positions]
+        return CompanionRows({"label": torch.tensor(labels)}, [{"label": label} for label in labels])
+
+
+def hash_lines(lines: Iterable[str]) -> str:
+    """SHA-256 of lines of text."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -76,9 +167,16 @@ class _Rows:
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
     records: list[dict[str, object]] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    truncated: list[Skip] = field(default_factory=list)
 
     def add(self, name: str, value: Tensor) -> None:
         self.parts.setdefault(name, []).append(value)
+
+    def add_companions(self, rows: CompanionRows, records: list[dict[str, Any]]) -> None:
+        for name, value in rows.tensors.items():
+            self.add(name, value)
+        self.records += records
+        self.truncated += rows.truncated
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: torch.cat(parts) for name, parts in self.parts.items()}
@@ -87,7 +185,7 @@ class _Rows:
 class _Reader(Dataset[tuple[int, "Tensor | str"]]):
     """``(position, pixels)`` of an image, or ``(position, reason)`` if it is broken."""
 
-    def __init__(self, images: ImageIndex, positions: Sequence[int], size: int) -> None:
+    def __init__(self, images: ImageSource, positions: Sequence[int], size: int) -> None:
         self.images, self.positions, self.size = images, positions, size
 
     def __len__(self) -> int:
@@ -103,19 +201,36 @@ class _Reader(Dataset[tuple[int, "Tensor | str"]]):
 
 def encode_images(
     images: ImageIndex,
-    codec: LatentCodec,
+    codec: Codec,
     out: str | Path,
     settings: EncodeSettings,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> EncodeResult:
-    """Encode labelled images into shards of latents.
+    """Encode labelled images into shards of latents, as :func:`encode_with` does.
+
+    Raises:
+        ValueError: if the folder holds latents made in another way, or every image is broken.
+    """
+    return encode_with(Labels(images), images, codec, out, settings, on_progress)
+
+
+def encode_with(
+    companions: Companions,
+    images: ImageSource,
+    codec: Codec,
+    out: str | Path,
+    settings: EncodeSettings,
+    on_progress: OnProgress | None = None,
+) -> EncodeResult:
+    """Encode images into shards of latents, with their labels or captions.
 
     Shard k holds the images k * shard_size onward of the index, so an interrupted run continues with the shards
     that are not there, and ends with the same files as an uninterrupted one. Broken images are counted and left out.
 
     Args:
+        companions: labels or captions of the images.
         images: what to encode.
-        codec: the VAE.
+        codec: the VAE, or pixels as they are.
         out: folder to write; created if it is missing.
         settings: sizes and precision.
         on_progress: called with (images done, images in total).
@@ -123,61 +238,67 @@ def encode_images(
     Raises:
         ValueError: if the folder holds latents made in another way, or every image is broken.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    metadata = _open_metadata(images, codec, out, settings)
-    pending = _pending_shards(metadata, images, out, settings)
+    job = _Job(companions, images, codec, Path(out), settings)
+    job.out.mkdir(parents=True, exist_ok=True)
+    metadata = _open_metadata(job)
+    companions.begin(job.out)
+    pending = _pending_shards(job, metadata)
     kept, done = metadata.num_samples, len(images) - sum(len(positions) for positions in pending.values())
     report = on_progress or (lambda done, total: None)
     report(done, len(images))
-    reader = _read(images, [p for positions in pending.values() for p in positions], settings)
+    reader = _read(job, [p for positions in pending.values() for p in positions])
     for number, positions in pending.items():
         rows = _Rows()
         for _ in range(0, len(positions), settings.batch_size):
             chunk = next(reader)
-            _encode_chunk(chunk, images, codec, settings, rows)
+            _encode_chunk(job, chunk, rows)
             done += len(chunk)
             report(done, len(images))
-        metadata.shards[str(number)] = _write_shard(out, number, rows)
-        metadata.save(out)
-    return _finish(metadata, images, out, kept)
+        metadata.shards[str(number)] = _write_shard(job, number, rows)
+        metadata.save(job.out)
+    return _finish(job, metadata, kept)
 
 
-def _open_metadata(images: ImageIndex, codec: LatentCodec, out: Path, settings: EncodeSettings) -> Metadata:
+@dataclass(frozen=True)
+class _Job:
+    """What to encode, how, and where to."""
+
+    companions: Companions
+    images: ImageSource
+    codec: Codec
+    out: Path
+    settings: EncodeSettings
+
+
+def _open_metadata(job: _Job) -> Metadata:
     """Metadata of the folder if it is of the same work, else new."""
-    fingerprint = make_fingerprint(codec.fingerprint, image_size=settings.image_size, crop=CROP, has_flip=settings.flip)
-    fresh = Metadata(fingerprint, _source(images, settings), list(latent_size(codec, settings.image_size)))
-    if not (out / METADATA_FILE).is_file():
+    settings = job.settings
+    fingerprint = make_fingerprint(
+        job.codec.fingerprint, image_size=settings.image_size, crop=CROP, has_flip=settings.flip
+    )
+    source = {"num_images": len(job.images), **job.companions.source}
+    source |= {"shard_size": settings.shard_size, "dtype": settings.dtype}
+    shape = latent_size(job.codec, settings.image_size)
+    fresh = Metadata(fingerprint | job.companions.fingerprint, source, list(shape))
+    if not (job.out / METADATA_FILE).is_file():
         return fresh
-    found = Metadata.load(out)
-    check_fingerprint(found.fingerprint, fresh.fingerprint, str(out))
-    check_fingerprint(found.source, fresh.source, str(out))
+    found = Metadata.load(job.out)
+    check_fingerprint(found.fingerprint, fresh.fingerprint, str(job.out))
+    check_fingerprint(found.source, fresh.source, str(job.out))
     return found
 
 
-def _source(images: ImageIndex, settings: EncodeSettings) -> dict[str, object]:
-    digest = hashlib.sha256()
-    for file, label in zip(images.files, images.labels, strict=True):
-        digest.update(f"{file}\t{label}\n".encode())
-    return {
-        "num_images": len(images),
-        "names_and_labels_sha256": digest.hexdigest(),
-        "shard_size": settings.shard_size,
-        "dtype": settings.dtype,
-    }
-
-
-def _pending_shards(metadata: Metadata, images: ImageIndex, out: Path, settings: EncodeSettings) -> dict[int, range]:
+def _pending_shards(job: _Job, metadata: Metadata) -> dict[int, range]:
     """Positions of the shards that are not there, complete and intact; forgets damaged ones."""
-    pending = {}
-    for number, start in enumerate(range(0, len(images), settings.shard_size)):
+    pending, size, total = {}, job.settings.shard_size, len(job.images)
+    for number, start in enumerate(range(0, total, size)):
         entry = metadata.shards.get(str(number))
-        damage = entry and (entry.damage(out) or _altered(out, entry))
+        damage = entry and (entry.damage(job.out) or _altered(job.out, entry))
         if damage and entry:
             logger.warning("%s is encoded again: %s", entry.file, damage)
             del metadata.shards[str(number)]
         if entry is None or damage:
-            pending[number] = range(start, min(start + settings.shard_size, len(images)))
+            pending[number] = range(start, min(start + size, total))
     return pending
 
 
@@ -185,50 +306,55 @@ def _altered(out: Path, entry: ShardEntry) -> str | None:
     return None if sha256_of(out / entry.file) == entry.sha256 else "its content has changed"
 
 
-def _read(images: ImageIndex, positions: Sequence[int], settings: EncodeSettings) -> Iterator[list]:
+def _read(job: _Job, positions: Sequence[int]) -> Iterator[list]:
     """Chunks of ``batch_size`` images that do not cross shards, read ahead by the workers."""
     batches: list[list[int]] = []
     for item, position in enumerate(positions):
-        starts_shard = position % settings.shard_size == 0
-        if not batches or starts_shard or len(batches[-1]) == settings.batch_size:
+        starts_shard = position % job.settings.shard_size == 0
+        if not batches or starts_shard or len(batches[-1]) == job.settings.batch_size:
             batches.append([])
         batches[-1].append(item)
-    reader = _Reader(images, positions, settings.image_size)
-    return iter(DataLoader(reader, batch_sampler=batches, num_workers=settings.num_workers, collate_fn=list))
+    reader = _Reader(job.images, positions, job.settings.image_size)
+    return iter(DataLoader(reader, batch_sampler=batches, num_workers=job.settings.num_workers, collate_fn=list))
 
 
-def _encode_chunk(
-    chunk: list[tuple[int, Tensor | str]], images: ImageIndex, codec: LatentCodec, settings: EncodeSettings, rows: _Rows
-) -> None:
+def _encode_chunk(job: _Job, chunk: list[tuple[int, Tensor | str]], rows: _Rows) -> None:
+    names = job.images.files
     good = [(position, content) for position, content in chunk if isinstance(content, Tensor)]
-    rows.skipped += [Skip(images.files[p], content) for p, content in chunk if isinstance(content, str)]
+    rows.skipped += [Skip(names[p], content) for p, content in chunk if isinstance(content, str)]
     if not good:
         return
-    pixels = torch.stack([content for _, content in good])
-    dtype: torch.dtype = getattr(torch, settings.dtype)
-    for suffix, view in (("", pixels), *((("_flip", pixels.flip(-1)),) if settings.flip else ())):
-        moments = codec.encode_moments(view)
-        rows.add("mean" + suffix, moments.mean.to(dtype))
-        if not codec.is_deterministic:
-            rows.add("std" + suffix, moments.std.to(dtype))
+    _encode_pixels(job, torch.stack([content for _, content in good]), rows)
     positions = [position for position, _ in good]
     rows.add("index", torch.tensor(positions))
-    rows.add("label", torch.tensor([images.labels[p] for p in positions]))
-    rows.records += [{"index": p, "file": images.files[p], "label": images.labels[p]} for p in positions]
+    beside = job.companions.rows(positions)
+    named = zip(positions, beside.records, strict=True)
+    rows.add_companions(beside, [{"index": p, "file": names[p], **record} for p, record in named])
 
 
-def _write_shard(out: Path, number: int, rows: _Rows) -> ShardEntry:
+def _encode_pixels(job: _Job, pixels: Tensor, rows: _Rows) -> None:
+    """Moments of images and, if asked for, of their mirror images: (N, C, H, W) -> (N, Z, h, w)."""
+    dtype: torch.dtype = getattr(torch, job.settings.dtype)
+    for suffix, view in (("", pixels), *((("_flip", pixels.flip(-1)),) if job.settings.flip else ())):
+        moments = job.codec.encode_moments(view)
+        rows.add("mean" + suffix, moments.mean.to(dtype))
+        if not job.codec.is_deterministic:
+            rows.add("std" + suffix, moments.std.to(dtype))
+
+
+def _write_shard(job: _Job, number: int, rows: _Rows) -> ShardEntry:
     """Names first, tensors last: a shard that is there is complete."""
     name = f"shard-{number:05d}"
     tensors = rows.tensors()
     count = len(rows.records)
-    data = save(tensors)
+    data = save(tensors, job.companions.header)
     lines = "".join(json.dumps(record) + "\n" for record in rows.records)
-    write_atomically(out / f"{name}.jsonl", lines.encode())
-    write_atomically(out / f"{name}.safetensors", data)
+    write_atomically(job.out / f"{name}.jsonl", lines.encode())
+    write_atomically(job.out / f"{name}.safetensors", data)
     mean, std = _channel_statistics(tensors) if count else ([], [])
-    skipped = [skip.as_dict() for skip in rows.skipped]
-    return ShardEntry(f"{name}.safetensors", count, len(data), hashlib.sha256(data).hexdigest(), mean, std, skipped)
+    skipped, truncated = ([skip.as_dict() for skip in skips] for skips in (rows.skipped, rows.truncated))
+    digest = hashlib.sha256(data).hexdigest()
+    return ShardEntry(f"{name}.safetensors", count, len(data), digest, mean, std, skipped, truncated)
 
 
 def _channel_statistics(tensors: dict[str, Tensor]) -> tuple[list[float], list[float]]:
@@ -240,11 +366,13 @@ def _channel_statistics(tensors: dict[str, Tensor]) -> tuple[list[float], list[f
     return mean.mean(dim=(0, 2, 3)).tolist(), variance.sqrt().tolist()
 
 
-def _finish(metadata: Metadata, images: ImageIndex, out: Path, kept: int) -> EncodeResult:
-    skips = SkipReport(list(images.skips))
-    skips.extend(Skip(item["file"], item["reason"]) for entry in metadata.entries() for item in entry.skipped)
+def _finish(job: _Job, metadata: Metadata, kept: int) -> EncodeResult:
+    skips, truncated = SkipReport(list(job.images.skips)), SkipReport()
+    for entry in metadata.entries():
+        skips.extend(Skip(item["file"], item["reason"]) for item in entry.skipped)
+        truncated.extend(Skip(item["file"], item["reason"]) for item in entry.truncated)
     if not metadata.num_samples:
-        raise ValueError(f"none of the {len(images)} images could be read ({skips.summary('image')})")
+        raise ValueError(f"none of the {len(job.images)} images could be read ({skips.summary('image')})")
     metadata.complete = True
-    metadata.save(out)
-    return EncodeResult(metadata, metadata.num_samples - kept, kept, skips)
+    metadata.save(job.out)
+    return EncodeResult(metadata, metadata.num_samples - kept, kept, skips, truncated)

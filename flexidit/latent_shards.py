@@ -4,8 +4,9 @@ A folder of latents holds::
 
     metadata.json             fingerprint, source, and one entry a shard (see :class:`Metadata`)
     shard-00000.safetensors   mean, mean_flip (N, Z, h, w); std, std_flip if the VAE is not deterministic;
-                              label, index (N,) int64, index = position in the sorted list of source images
-    shard-00000.jsonl         {"index", "file", "label"} of each row
+                              index (N,) int64, position in the sorted list of source images; and what the model is
+                              told beside the images: label (N,) int64, or captions (see ``caption_shards.py``)
+    shard-00000.jsonl         {"index", "file", "label"} of each row, or {"index", "file", "captions"}
 
 Shape legend: N images of a shard, Z latent channels, h w latent height and width.
 
@@ -52,6 +53,9 @@ class ShardEntry:
     channel_std: list[float]
     """Standard deviation of the sampled latents per channel, the VAE's own deviation included."""
     skipped: list[dict[str, str]] = field(default_factory=list)
+    """What was left out."""
+    truncated: list[dict[str, str]] = field(default_factory=list)
+    """Captions that lost their ends."""
 
     def damage(self, root: Path) -> str | None:
         """Why the file cannot be used, or None; looks at its size and not at its content."""
@@ -68,9 +72,9 @@ class Metadata:
     """Content of ``metadata.json``."""
 
     fingerprint: dict[str, Any]
-    """What makes latents interchangeable: codec, image size, crop, flips."""
+    """What makes latents interchangeable: codec, image size, crop, flips; of captioned ones the text encoder too."""
     source: dict[str, Any]
-    """What was encoded, for continuing: number of images, hash of their names and labels, shard size, dtype."""
+    """What was encoded, for continuing: number of images, hash of names with labels or captions, shard size, dtype."""
     latent_shape: list[int]
     complete: bool = False
     shards: dict[str, ShardEntry] = field(default_factory=dict)
@@ -100,6 +104,9 @@ class Metadata:
         """Write it to a folder, atomically."""
         content = {"format": FORMAT, **asdict(self)}
         content["shards"] = dict(sorted(content["shards"].items(), key=lambda item: int(item[0])))
+        for entry in content["shards"].values():
+            if not entry["truncated"]:  # labels have none, and readers without captions do not know the field
+                del entry["truncated"]
         text = json.dumps(content, indent=1)
         write_atomically(root / METADATA_FILE, text.encode())
 
@@ -152,26 +159,29 @@ def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any], whe
     Raises:
         ValueError: naming the first field that differs, and both values.
     """
-    for name, (theirs, ours) in _differences(found, expected).items():
+    for name, (theirs, ours) in fingerprint_differences(found, expected).items():
         raise ValueError(
             f"the latents in {where} were made with {name} = {theirs!r}, this run is configured for {ours!r}: "
             f"encode the images again, or configure the run as they were made"
         )
 
 
-def _differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def fingerprint_differences(
+    found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Fields of ``expected`` that differ, by dotted name, as (found, expected)."""
     differences: dict[str, tuple[Any, Any]] = {}
     for name, ours in expected.items():
         theirs = found.get(name)
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            differences |= _differences(theirs, ours, f"{prefix}{name}.")
+            differences |= fingerprint_differences(theirs, ours, f"{prefix}{name}.")
         elif theirs != ours:
             differences[prefix + name] = (theirs, ours)
     return differences
 
 
-class LatentShards(Dataset[dict[str, Tensor]]):
-    """Map-style, memory-mapped latents: ``dataset[Draw(sample, epoch)]`` is a pure function of its arguments.
+class StoredLatents(Dataset[Any]):
+    """Map-style, memory-mapped latents, without what the model is told beside them: that is up to the subclasses.
 
     A sample is ``mean + std * noise`` of the image or, half of the time, of its mirror image; flip and noise are
     keyed by (seed, epoch, position of the image in the source), so skipped images change nothing for the others.
@@ -183,7 +193,6 @@ class LatentShards(Dataset[dict[str, Tensor]]):
         flip: draw flips. If the latents have no mirror images, asking for flips is refused.
         on_error: what to do with shards that are missing or cut and with an encoding that is not complete: leave
             them out and count them, or refuse.
-        num_classes: classes of the model, for checking labels; None accepts any.
 
     Raises:
         FileNotFoundError: if there are no latents.
@@ -198,10 +207,10 @@ class LatentShards(Dataset[dict[str, Tensor]]):
         seed: int = 0,
         flip: bool = True,
         on_error: OnError = "skip",
-        num_classes: int | None = None,
     ) -> None:
         self.root = Path(root)
         self.metadata = Metadata.load(root)
+        self._check_kind()
         check_fingerprint(self.metadata.fingerprint, expected or {}, str(root))
         if flip and not self.metadata.fingerprint["has_flip"]:
             raise ValueError(f"the latents in {root} have no mirror images: set flip to false, or encode them again")
@@ -209,7 +218,8 @@ class LatentShards(Dataset[dict[str, Tensor]]):
         self.report = SkipReport()
         self._handles: dict[str, Any] = {}
         self._read_tables()
-        self._check(num_classes)
+        self._check_readable()
+        self._warn()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -222,31 +232,41 @@ class LatentShards(Dataset[dict[str, Tensor]]):
         return self.metadata.fingerprint
 
     def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, key: int | Draw) -> dict[str, Tensor]:
-        """One sample: ``x`` (Z, h, w) float32 and ``y`` () int64."""
-        draw = Draw.of(key)
-        return {"x": self._sample(draw), "y": self.labels[draw.sample]}
-
-    def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Tensor]:
-        """A batch: ``x`` (N, Z, h, w) float32 and ``y`` (N,) int64."""
-        draws = [Draw.of(key) for key in keys]
-        x = torch.stack([self._sample(draw) for draw in draws])
-        return {"x": x, "y": self.labels[[draw.sample for draw in draws]]}
+        return len(self.indices)
 
     def moments(self, index: int, flipped: bool = False) -> tuple[Tensor, Tensor | None]:
         """Stored mean and deviation of one image, (Z, h, w) float32; None for a deterministic VAE."""
-        shard = bisect_right(self._ends, index)
-        row = index - (self._ends[shard - 1] if shard else 0)
-        handle, suffix = self._open(self._files[shard]), "_flip" if flipped else ""
+        handle, row = self._find(index)
+        suffix = "_flip" if flipped else ""
         mean = handle.get_slice("mean" + suffix)[row].float()
         has_std = "std" in handle.keys()  # noqa: SIM118 (a safetensors handle is no mapping)
         return mean, handle.get_slice("std" + suffix)[row].float() if has_std else None
 
+    def _check_kind(self) -> None:
+        """Refuse latents with other companions than the subclass reads."""
+
+    def _read_companions(self, handle: Any) -> Any:
+        """The small tables of a shard that stay in memory; raises ValueError if they contradict one another."""
+
+    def _set_companions(self, tables: list[Any]) -> None:
+        """Keep those of all readable shards, in order."""
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Shard of an image, counted among those that can be read, and its row there."""
+        shard = bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard - 1] if shard else 0)
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        """The open shard of an image and its row there."""
+        shard, row = self._locate(index)
+        return self._open(self._files[shard]), row
+
+    def _source_draw(self, draw: Draw) -> Draw:
+        """The key of an image's draws: its place in the source, which other images' absence does not change."""
+        return Draw(int(self.indices[draw.sample]), draw.epoch)
+
     def _sample(self, draw: Draw) -> Tensor:
-        # the image keeps its draws when others are missing: key by its place in the source
-        source = Draw(int(self.indices[draw.sample]), draw.epoch)
+        source = self._source_draw(draw)
         mean, std = self.moments(draw.sample, self.flip and draw_flip(self.seed, source))
         return mean if std is None else mean + std * draw_noise(self.seed, source, self.shape)
 
@@ -256,38 +276,36 @@ class LatentShards(Dataset[dict[str, Tensor]]):
         return self._handles[file]
 
     def _read_tables(self) -> None:
-        """Labels and source positions of all readable shards; damaged shards are counted."""
-        labels, indices, self._files = [], [], []
+        """Source positions and companions of all readable shards; damaged shards are counted."""
+        indices, companions, self._files = [], [], []
         for entry in self.metadata.entries():
             reason = entry.damage(self.root)
             try:
                 if reason is None and entry.count:
                     handle = self._open(entry.file)
-                    labels.append(handle.get_tensor("label"))
+                    companions.append(self._read_companions(handle))
                     indices.append(handle.get_tensor("index"))
                     self._files.append(entry.file)
             except (SafetensorError, OSError) as error:
                 reason = f"unreadable: {error}"
+            except ValueError as error:
+                reason = str(error)
             if reason is not None:
                 self._handle_damage(entry, reason)
-        self._ends = list(accumulate(len(label) for label in labels))
-        empty = torch.empty(0, dtype=torch.int64)
-        self.labels, self.indices = torch.cat([empty, *labels]), torch.cat([empty, *indices])
+        self._ends = list(accumulate(len(index) for index in indices))
+        self.indices = torch.cat([torch.empty(0, dtype=torch.int64), *indices])
+        self._set_companions(companions)
 
     def _handle_damage(self, entry: ShardEntry, reason: str) -> None:
         if self.on_error == "raise":
             raise ValueError(f"shard {entry.file} of {self.root} is damaged ({reason}): {_HINT}")
         self.report.add(entry.file, f"{reason}, {entry.count} images")
 
-    def _check(self, num_classes: int | None) -> None:
+    def _check_readable(self) -> None:
         if not len(self):
             raise ValueError(f"no shard in {self.root} can be read ({self.report.summary('shard')}): encode again")
         if not self.metadata.complete and self.on_error == "raise":
             raise ValueError(f"the encoding in {self.root} was interrupted: {_HINT}")
-        if num_classes is not None and int(self.labels.max()) >= num_classes:
-            largest = int(self.labels.max())
-            raise ValueError(f"the latents in {self.root} have class {largest}, the model has {num_classes} classes")
-        self._warn()
 
     def _warn(self) -> None:
         if len(self.report):
@@ -301,3 +319,56 @@ class LatentShards(Dataset[dict[str, Tensor]]):
     def __getstate__(self) -> dict[str, Any]:
         # memory maps do not travel to workers: each process opens its own
         return {**self.__dict__, "_handles": {}}
+
+
+class LatentShards(StoredLatents):
+    """Labelled latents: ``dataset[Draw(sample, epoch)]`` is a pure function of its arguments.
+
+    Args:
+        root: folder written by ``flexidit encode``.
+        expected, seed, flip, on_error: as in :class:`StoredLatents`.
+        num_classes: classes of the model, for checking labels; None accepts any.
+
+    Raises:
+        FileNotFoundError: if there are no latents.
+        ValueError: in one sentence, if they do not fit the run or nothing can be read.
+    """
+
+    labels: Tensor
+    """(N,) int64."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        expected: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        flip: bool = True,
+        on_error: OnError = "skip",
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(root, expected=expected, seed=seed, flip=flip, on_error=on_error)
+        if num_classes is not None and int(self.labels.max()) >= num_classes:
+            largest = int(self.labels.max())
+            raise ValueError(f"the latents in {root} have class {largest}, the model has {num_classes} classes")
+
+    def __getitem__(self, key: int | Draw) -> dict[str, Tensor]:
+        """One sample: ``x`` (Z, h, w) float32 and ``y`` () int64."""
+        draw = Draw.of(key)
+        return {"x": self._sample(draw), "y": self.labels[draw.sample]}
+
+    def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Tensor]:
+        """A batch: ``x`` (N, Z, h, w) float32 and ``y`` (N,) int64."""
+        draws = [Draw.of(key) for key in keys]
+        x = torch.stack([self._sample(draw) for draw in draws])
+        return {"x": x, "y": self.labels[[draw.sample for draw in draws]]}
+
+    def _check_kind(self) -> None:
+        if "text_encoder" in self.fingerprint:
+            raise ValueError(f"the latents in {self.root} have captions and no labels: they are for text-to-image data")
+
+    def _read_companions(self, handle: Any) -> Tensor:
+        return handle.get_tensor("label")
+
+    def _set_companions(self, tables: list[Tensor]) -> None:
+        self.labels = torch.cat([torch.empty(0, dtype=torch.int64), *tables])

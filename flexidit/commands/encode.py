@@ -1,25 +1,40 @@
-"""``flexidit encode``: images to shards of latents."""
+"""``flexidit encode``: images, with labels or captions, to shards of latents."""
 
 import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from flexidit.caption_shards import CaptionedLatents, encode_captioned_images
+from flexidit.captioned_images import find_captioned_images
 from flexidit.commands.sampling_setup import pick_device
 from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeResult, EncodeSettings, encode_images
-from flexidit.latents import LatentCodec
+from flexidit.latents import LatentCodec, PixelCodec
+from flexidit.skips import SkipReport
+from flexidit.text import make_text_encoder
 
-HELP = "turn images into shards of VAE latents, with labels, both flips and a fingerprint"
-EXAMPLE = "flexidit encode data/imagenet/train --vae stabilityai/sd-vae-ft-ema --size 256 --out data/latents/train"
+Encode = Callable[..., EncodeResult]
+
+HELP = "turn images into shards of VAE latents with a fingerprint: labelled, in both flips, or with embedded captions"
+EXAMPLE = (
+    "flexidit encode data/imagenet/train --vae stabilityai/sd-vae-ft-ema --size 256 --out data/latents/train\n"
+    "  flexidit encode data/coco/train2017 --captions data/coco/annotations/captions_train2017.json "
+    "--text-encoder models/pixart --vae models/pixart/vae --out data/latents/coco"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("images", type=Path, help="folder of images: one folder a class, or flat with labels.csv")
-    parser.add_argument("--vae", required=True, help="folder or hub id of an AutoencoderKL or AutoencoderTiny")
+    parser.add_argument(
+        "images", type=Path, help="folder of images: a folder a class, flat with labels.csv, or captioned"
+    )
+    parser.add_argument(
+        "--vae", required=True, help="folder or hub id of an AutoencoderKL or AutoencoderTiny; 'pixels' for none"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an interrupted run continues there")
     parser.add_argument("--size", type=int, default=256, help="side of the centre crop in pixels (default 256)")
     parser.add_argument("--labels", type=Path, help="CSV with class_index and file or wnid (default IMAGES/labels.csv)")
@@ -33,8 +48,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float16", help="on disk (default float16)"
     )
-    parser.add_argument("--no-flip", action="store_true", help="do not store mirror images: half the size and time")
+    parser.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="store mirror images too: twice the size and time (default: yes for labels; no for captions, which may "
+        "say left or right)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    _configure_captions(parser.add_argument_group("captions"))
+
+
+def _configure_captions(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--captions",
+        nargs="?",
+        const="auto",
+        metavar="PATH",
+        help="COCO's .json, a .jsonl, or a folder of .txt or .json files; without PATH, what lies in IMAGES is used",
+    )
+    group.add_argument(
+        "--text-encoder", metavar="NAME", help="folder or hub id of a T5 or of its pipeline; 'words' for demonstrations"
+    )
+    group.add_argument("--tokenizer", metavar="NAME", help="folder or hub id, where it is not beside the text encoder")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="of a caption (default 120; of 'words' 16)")
+    group.add_argument(
+        "--text-dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of T5 and its embeddings (default bfloat16)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,18 +85,47 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FileNotFoundError, ValueError: in one sentence, on input that cannot be used.
     """
+    _check(args)
     device = str(pick_device(args.device))
     batch_size = args.batch_size if args.batch_size is not None else (4 if device == "cpu" else 32)
-    workers = max(0, args.workers)
-    settings = EncodeSettings(args.size, args.shard_size, batch_size, args.dtype, not args.no_flip, workers)
-    images = find_images(args.images, args.labels, args.num_classes)
-    codec = LatentCodec(args.vae, device=device, batch_size=batch_size)
+    flip = args.flip if args.flip is not None else args.captions is None
+    settings = EncodeSettings(args.size, args.shard_size, batch_size, args.dtype, flip, max(0, args.workers))
+    encode = _with_labels(args) if args.captions is None else _with_captions(args, device)
+    codec = PixelCodec() if args.vae == "pixels" else LatentCodec(args.vae, device=device, batch_size=batch_size)
     _ = codec.fingerprint  # a VAE that cannot be read is refused before the bar appears
     with _progress(enabled=not args.json) as on_progress:
-        result = encode_images(images, codec, args.out, settings, on_progress)
-    summary = _summary(result, args.out)
-    print(json.dumps(summary) if args.json else _describe(result, args.out))
+        result = encode(codec, args.out, settings, on_progress)
+    written = None if args.captions is None else CaptionedLatents(args.out)
+    print(json.dumps(_summary(result, args.out, written)) if args.json else _describe(result, args.out, written))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Options that contradict one another."""
+    if args.captions is None and (args.text_encoder or args.tokenizer or args.max_tokens):
+        raise ValueError("--text-encoder, --tokenizer and --max-tokens are for captioned images: add --captions")
+    if args.captions is not None and not args.text_encoder:
+        raise ValueError("--captions needs --text-encoder: the folder or hub id of a T5, or 'words' for demonstrations")
+    if args.captions is not None and (args.labels or args.num_classes):
+        raise ValueError("images are encoded with labels or with captions: leave out --captions, or the labels")
+
+
+def _with_labels(args: argparse.Namespace) -> Encode:
+    return partial(encode_images, find_images(args.images, args.labels, args.num_classes))
+
+
+def _with_captions(args: argparse.Namespace, device: str) -> Encode:
+    images = find_captioned_images(args.images, None if args.captions == "auto" else args.captions)
+    encoder = make_text_encoder(
+        args.text_encoder,
+        tokenizer=args.tokenizer,
+        device=device,
+        dtype=args.text_dtype,
+        max_length=args.max_tokens,
+        batch_size=8 if device == "cpu" else 64,
+    )
+    _ = encoder.fingerprint  # refused before the bar appears, as the VAE
+    return partial(encode_captioned_images, images, encoder)
 
 
 def _default_workers() -> int:
@@ -73,9 +144,9 @@ def _progress(enabled: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _summary(result: EncodeResult, out: Path) -> dict[str, object]:
+def _summary(result: EncodeResult, out: Path, written: CaptionedLatents | None) -> dict[str, object]:
     metadata = result.metadata
-    return {
+    summary: dict[str, object] = {
         "out": str(out),
         "num_samples": metadata.num_samples,
         "encoded": result.encoded,
@@ -85,11 +156,15 @@ def _summary(result: EncodeResult, out: Path) -> dict[str, object]:
         "statistics": metadata.statistics(),
         "fingerprint": metadata.fingerprint,
         "skipped": [skip.as_dict() for skip in result.skips],
+        "truncated": [skip.as_dict() for skip in result.truncated],
         "bytes": sum(entry.bytes for entry in metadata.entries()),
     }
+    if written is not None:
+        summary |= {"num_captions": written.total_captions, "longest_caption": written.longest}
+    return summary
 
 
-def _describe(result: EncodeResult, out: Path) -> str:
+def _describe(result: EncodeResult, out: Path, written: CaptionedLatents | None) -> str:
     metadata = result.metadata
     statistics = metadata.statistics()
     shape = " x ".join(map(str, metadata.latent_shape))
@@ -100,4 +175,20 @@ def _describe(result: EncodeResult, out: Path) -> str:
         "channel mean " + " ".join(f"{value:+.2f}" for value in statistics["mean"]),
         "channel std  " + " ".join(f"{value:5.2f}" for value in statistics["std"]),
     ]
-    return "\n".join(lines + ([result.skips.summary("image")] if len(result.skips) else []))
+    if written is not None:
+        length, width = written.caption_shape
+        lines.insert(
+            1, f"{written.total_captions} captions of up to {written.longest} tokens (of {length}), {width} wide"
+        )
+    if len(result.skips):
+        lines.append(result.skips.summary("item" if "text_encoder" in metadata.fingerprint else "image"))
+    if len(result.truncated):
+        lines.append(_describe_truncated(result.truncated))
+    return "\n".join(lines)
+
+
+def _describe_truncated(truncated: SkipReport, limit: int = 5) -> str:
+    named = ", ".join(skip.name for skip in list(truncated)[:limit])
+    more = f", and {len(truncated) - limit} more" if len(truncated) > limit else ""
+    plural = "" if len(truncated) == 1 else "s"
+    return f"{len(truncated)} caption{plural} {truncated.skips[0].reason}: {named}{more}"

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from datamodules.imagenet import ImageNetDataModule, source_kind
+from datamodules.imagenet import ImageNetDataModule
 from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeSettings, encode_images
 from flexidit.latents import LatentCodec
@@ -20,14 +20,6 @@ def latents(image_folder, kl_vae, tmp_path):
 
 def batches(data, loader):
     return [data.on_after_batch_transfer(batch, 0) for batch in loader]
-
-
-def test_kinds_are_told_apart(image_folder, latents, tmp_path):
-    assert source_kind(image_folder) == "images"
-    assert source_kind(latents) == "latents"
-    assert source_kind("a-{00..12}.tar") == source_kind("b.tar") == "tars"
-    with pytest.raises(FileNotFoundError, match="no data at"):
-        source_kind(tmp_path / "absent")
 
 
 def test_encoding_on_the_fly_equals_stored_latents(image_folder, latents, kl_vae):

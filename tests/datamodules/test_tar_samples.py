@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from datamodules.loading import stream_loader
-from datamodules.tar_samples import TarSamples, count_samples, expand_tars
+from datamodules.tar_samples import SharedSkips, TarSamples, count_samples, expand_tars
 
 
 def jpeg(level: int) -> bytes:
@@ -162,3 +162,159 @@ def test_refusing_the_first_is_a_choice(tmp_path):
 def test_too_few_samples_are_refused(tars):
     with pytest.raises(ValueError, match="24 samples do not fill one batch of 25"):
         make(tars, batch_size=25)
+
+
+SAMPLE = {"a.jpg": jpeg(70), "a.txt": b"a grey square"}
+
+
+def make_captioned(tmp_path, members, training=False, num_samples=24, **options):
+    write_tar(tmp_path / "captioned.tar", members)
+    dataset = TarSamples(
+        [str(tmp_path / "captioned.tar")],
+        16,
+        target="caption",
+        num_samples=num_samples,
+        batch_size=1,
+        training=training,
+        **options,
+    )
+    return stream_loader(dataset, 1)
+
+
+def texts(loader) -> list:
+    return [text for batch in loader for text in batch["texts"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "captions"),
+    [
+        ("b.txt", "caf\u00e9".encode(), {"caf\u00e9"}),
+        ("b.txt", b"\xef\xbb\xbfone \n\n two\r\n", {"one", "two"}),
+        ("b.json", b'{"caption": "one", "url": "x"}', {"one"}),
+        ("b.json", b'{"text": "one"}', {"one"}),
+        ("b.json", b'{"captions": ["one", "two", "one"]}', {"one", "two"}),
+        ("b.JSON", b'["one", "two"]', {"one", "two"}),
+    ],
+)
+def test_captions_are_read_as_beside_files(name, content, captions, tmp_path):
+    loader = make_captioned(tmp_path, {"b.png": jpeg(70), name: content}, training=True, num_samples=1)
+    assert {text for _ in range(12) for text in texts(loader)} == captions  # an epoch each
+    assert not loader.dataset.report()
+
+
+def test_a_text_goes_before_json_and_they_are_one_sample(tmp_path):
+    members = {**SAMPLE, "a.json": b'{"caption": "other"}', "b.json": b'"lone"', "b.jpg": jpeg(0)}
+    assert texts(make_captioned(tmp_path, members)) == ["a grey square", "lone"]
+    assert count_samples([str(tmp_path / "captioned.tar")], "caption") == 2
+    assert count_samples([str(tmp_path / "captioned.tar")]) == 0
+
+
+def test_the_caption_is_a_function_of_seed_epoch_and_name(tmp_path):
+    lines = {f"{number}.txt": f"{number} a\n{number} b\n{number} c".encode() for number in range(12)}
+    members = {name: lines.get(name, jpeg(0)) for n in range(12) for name in (f"{n}.jpg", f"{n}.txt")}
+
+    def epochs(seed):
+        loader = make_captioned(tmp_path, members, training=True, num_samples=12, shuffle_buffer=1, seed=seed)
+        return [texts(loader) for _ in range(2)]
+
+    assert epochs(0) == epochs(0) != epochs(1)
+    first, second = epochs(0)
+    assert [text[:2] for text in first] == [text[:2] for text in second]
+    assert first != second
+
+
+CAPTION_DAMAGES = {
+    "zero bytes": ({"b.jpg": b"", "b.txt": b"b"}, "b: zero bytes"),
+    "not an image": ({"b.jpg": b"<html>404</html>" * 9, "b.txt": b"b"}, "b: not an image"),
+    "cut image": ({"b.jpg": jpeg(0)[:300], "b.txt": b"b"}, "b: "),
+    "no caption": ({"b.jpg": jpeg(0)}, "b has no caption"),
+    "no image": ({"b.txt": b"b"}, "b has no image"),
+    "unknown kind of image": ({"b.gif": jpeg(0), "b.txt": b"b"}, "b has no image"),
+    "empty caption": ({"b.jpg": jpeg(0), "b.txt": b""}, "b: empty caption"),
+    "blank caption": ({"b.jpg": jpeg(0), "b.txt": b" \n\t"}, "b: empty caption"),
+    "not UTF-8": ({"b.jpg": jpeg(0), "b.txt": b"caf\xe9"}, "b: .txt is not UTF-8"),
+    "broken JSON": ({"b.jpg": jpeg(0), "b.json": b'{"caption": "b'}, "b: .json broken JSON"),
+    "JSON not UTF-8": ({"b.jpg": jpeg(0), "b.json": b'"caf\xe9"'}, "b: .json not UTF-8"),
+    "JSON without caption": ({"b.jpg": jpeg(0), "b.json": b'{"url": "b"}'}, "b has no caption"),
+    "empty list": ({"b.jpg": jpeg(0), "b.json": b'{"captions": []}'}, "b: empty caption"),
+    "number as caption": ({"b.jpg": jpeg(0), "b.json": b'{"caption": 7}'}, "b: caption is int, not text"),
+    "half a surrogate pair": ({"b.jpg": jpeg(0), "b.json": b'"\\ud83d"'}, "b: caption is not valid text"),
+}
+
+
+@pytest.mark.parametrize(("members", "message"), CAPTION_DAMAGES.values(), ids=CAPTION_DAMAGES)
+def test_damaged_captioned_samples_are_named_and_skipped(members, message, tmp_path, caplog):
+    loader = make_captioned(tmp_path, {**members, **SAMPLE})
+    assert texts(loader) == ["a grey square"]
+    assert message in caplog.text
+    [skip] = loader.dataset.report()
+    assert skip.name == f"{tmp_path / 'captioned.tar'}: b"
+    assert message.removeprefix("b").lstrip(": ") in skip.reason
+    with pytest.raises(ValueError, match="captioned.tar: b"):
+        texts(make_captioned(tmp_path, {**members, **SAMPLE}, on_error="raise"))
+
+
+def test_one_bad_caption_of_several_is_named_and_the_others_are_used(tmp_path):
+    members = {"b.jpg": jpeg(0), "b.json": b'{"captions": ["good", "", 7]}'}
+    loader = make_captioned(tmp_path, members)
+    assert texts(loader) == ["good"]
+    assert loader.dataset.report().by_reason() == {"empty caption": 1, "caption is int, not text": 1}
+
+
+def test_a_member_twice_in_a_tar_is_named(tmp_path):
+    path = tmp_path / "twice.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in [*SAMPLE.items(), *SAMPLE.items()]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    dataset = TarSamples([str(path)], 16, target="caption", num_samples=1, batch_size=1, training=False)
+    assert texts(stream_loader(dataset, 1)) == ["a grey square"]
+    assert [(skip.name, skip.reason[:19]) for skip in dataset.report()] == [
+        ("a.jpg", "duplicate file name"),
+        ("a.txt", "duplicate file name"),
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_cut_and_an_empty_tar_are_named(tars, num_workers):
+    Path(tars[1]).write_bytes(Path(tars[1]).read_bytes()[:5000])
+    Path(tars[2]).write_bytes(b"")
+    loader = make(tars, training=False, num_workers=num_workers)
+    assert set(range(6)) | set(range(18, 24)) <= set(flat(labels(loader)))
+    cut = [skip.name for skip in loader.dataset.report() if skip.reason == "cut short"]
+    assert cut == [tars[1], tars[2]]
+
+
+def test_readers_survive_a_tar_without_any_usable_sample(tars):
+    write_tar(Path(tars[0]), {"a.jpg": b"", "a.cls": b"1"})
+    readers = [make(tars[:2], rank=rank, world_size=2, num_workers=1) for rank in range(2)]
+    for loader in readers:
+        assert set(flat(labels(loader))) <= set(range(6, 12))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_captioned_tars_without_any_usable_sample_are_refused(training, tmp_path):
+    with pytest.raises(ValueError, match="1 item skipped: .*captioned.tar: a \\(empty caption\\)"):
+        texts(make_captioned(tmp_path, {"a.jpg": jpeg(0), "a.txt": b""}, training=training))
+
+
+def test_what_workers_leave_out_is_named_here_once(tars, tmp_path):
+    for tar in tars[:2]:
+        write_tar(Path(tar), {"x.jpg": b"", "x.cls": b"1", **{"y.jpg": jpeg(70), "y.cls": b"7"}})
+    loader = make(tars, num_workers=2)
+    for _ in range(2):
+        labels(loader)
+    names = sorted(skip.name for skip in loader.dataset.report())
+    assert names == [f"{tar}: x" for tar in tars[:2]]
+    assert loader.dataset.num_skipped >= 4
+
+
+def test_names_beyond_the_buffer_are_still_counted():
+    skips = SharedSkips()
+    for number in range(1000):
+        skips.add(f"{number:05d} {'x' * 40}", "zero bytes")
+    assert len(skips) == 1000
+    *named, rest = skips.report()
+    assert [skip.name[:5] for skip in named] == [f"{number:05d}" for number in range(len(named))]
+    assert rest.reason == f"{1000 - len(named)} times, named in the log"

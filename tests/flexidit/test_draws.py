@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flexidit.draws import Draw, draw_flip, draw_noise
+from flexidit.draws import Draw, draw_choice, draw_flip, draw_noise
 
 
 def test_noise_is_a_pure_function():
@@ -29,3 +29,16 @@ def test_flips_are_fair_and_change_with_the_epoch():
 def test_a_plain_index_means_epoch_0():
     assert Draw.of(7) == Draw(7, 0)
     assert Draw.of(Draw(7, 2)) == Draw(7, 2)
+
+
+def test_choices_are_even_and_change_with_the_epoch():
+    choices = torch.tensor([[draw_choice(0, Draw(sample, epoch), 5) for sample in range(1000)] for epoch in range(2)])
+    assert all(abs(count - 400) < 60 for count in choices.flatten().bincount().tolist())
+    assert abs((choices[0] == choices[1]).double().mean() - 0.2) < 0.05
+    assert draw_choice(3, Draw(2, 1), 5) == draw_choice(3, Draw(2, 1), 5)
+
+
+def test_one_thing_is_always_chosen_and_the_flip_does_not_decide():
+    assert {draw_choice(0, Draw(sample), 1) for sample in range(20)} == {0}
+    same = [draw_flip(0, Draw(sample)) == bool(draw_choice(0, Draw(sample), 2)) for sample in range(1000)]
+    assert abs(sum(same) / 1000 - 0.5) < 0.06
