@@ -21,6 +21,7 @@ _INK, _FAINT, _PAPER = (32, 36, 44), (112, 118, 128), (255, 255, 255)
 _GAP = 6  # between images
 _MARGIN = 24  # around everything
 _LARGE, _SMALL = 16, 13  # font sizes
+_LINE = 16  # from one small line to the next
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def draw_grid(rows: Sequence[GridRow], title: str = "", columns: Sequence[str] =
     Args:
         rows: Top to bottom.
         title: Written above.
-        columns: Written above each column, such as class names.
+        columns: Written above each column, such as class names or captions; long ones in several lines.
         min_side: Enlarge images until their shorter side has at least so many pixels.
 
     Raises:
@@ -57,7 +58,9 @@ def draw_grid(rows: Sequence[GridRow], title: str = "", columns: Sequence[str] =
         raise ValueError(f"a grid needs images, all of one size, got {sorted(sizes) or 'none'}")
     width, height = sizes.pop()
     left = _MARGIN + _label_width(rows)
-    top = _MARGIN + (_LARGE + 16 if title else 0) + (_SMALL + 8 if columns else 0)
+    headings = [_wrap(name, width + _GAP // 2) for name in columns]
+    num_lines = max(map(len, headings), default=0)
+    top = _MARGIN + (_LARGE + 16 if title else 0) + (num_lines * _LINE + 5 if num_lines else 0)
     right = left + max(map(len, tiles)) * (width + _GAP) - _GAP
     pitch = max(height, _LARGE + _SMALL + 8) + _GAP
     size = (max(right, _text_width(title)) + _MARGIN, top + len(rows) * pitch - _GAP + _MARGIN)
@@ -65,8 +68,10 @@ def draw_grid(rows: Sequence[GridRow], title: str = "", columns: Sequence[str] =
     pen = ImageDraw.Draw(picture)
     if title:
         pen.text((_MARGIN, _MARGIN - 4), title, _INK, _font(_LARGE))
-    for index, name in enumerate(columns):
-        pen.text((left + index * (width + _GAP) + width // 2, top - 6), name, _FAINT, _font(_SMALL), anchor="ms")
+    for index, lines in enumerate(headings):
+        for above, line in enumerate(reversed(lines)):
+            place = (left + index * (width + _GAP) + width // 2, top - 6 - above * _LINE)
+            pen.text(place, line, _FAINT, _font(_SMALL), anchor="ms")
     for index, (row, images) in enumerate(zip(rows, tiles, strict=True)):
         y = top + index * pitch
         _write_label(pen, row, y + height // 2)
@@ -111,6 +116,18 @@ def _font(size: int) -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines no wider than so many pixels, unless a single word is."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _font(_SMALL).getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _text_width(text: str, size: int = _LARGE) -> int:

@@ -64,6 +64,15 @@ def test_a_long_title_fits() -> None:
     assert (picture[:, -24:] == 255).all()
 
 
+def test_long_column_titles_take_several_lines() -> None:
+    x = images(3)
+    short, long = (levels(draw_grid([GridRow(x, "x")], columns=[name] * 3)) for name in ("bold", "a bold narrow zero"))
+    assert long.shape[1] == short.shape[1] and long.shape[0] > short.shape[0]
+    gaps = [find(long, levels(to_image(image)).repeat(16, axis=0).repeat(16, axis=1))[0][1] for image in x]
+    for left in gaps[1:]:  # neighbours do not write into one another
+        assert (long[:, left - 4 : left - 2] == 255).all()
+
+
 def test_saved_as_png(tmp_path: Path) -> None:
     path = save_grid([GridRow(images(2), "row")], tmp_path / "new" / "grid.png")
     assert Image.open(path).format == "PNG"
