@@ -1,91 +1,136 @@
-"""Weights in and out: official, diffusers, flexidit and training checkpoints; local paths and hub ids.
+"""Weights in and out: official, diffusers, flexidit and training checkpoints, exported adapters; paths and hub ids.
 
 A flexidit checkpoint is one safetensors file whose header carries the model's config as json: one file cannot be half
-of a pair. Nothing here unpickles code: safetensors, or ``torch.load(weights_only=True)``.
+of a pair. Where a file holds adapters only, it says which base they stand on.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
-import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from flexidit.config import DiTConfig, config_from_dict, config_to_dict
-from flexidit.files import replacing
-from flexidit.layouts import dit as layout
-from flexidit.models.dit import DiT
+from flexidit.config import TextDiTConfig, TransformerConfig, config_from_dict, config_to_dict
+from flexidit.export import (
+    DESCRIPTION,
+    Adapters,
+    BaseIdentity,
+    adapters_of,
+    check_not_a_part,
+    put_on_base,
+    read_peft,
+)
+from flexidit.identity import base_tensors, hash_tensors, unwrapped
+from flexidit.layouts import layout_of_class, layout_of_config, layout_of_official
+from flexidit.layouts.pixart import NULL_CAPTION
+from flexidit.models import DiT, FlexiTransformer, TextDiT, plain_model
 from flexidit.recipes import flexify
+from flexidit.weight_files import (
+    DIFFUSERS_WEIGHTS,
+    load_pickle,
+    read_diffusers,
+    read_json,
+    read_safetensors,
+    resolve,
+    save_json,
+    save_pickle,
+    save_safetensors,
+)
 
 Format = Literal["flexidit", "official", "diffusers"]
 
-_HEADER_KEY = "flexidit"
-_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_HEADER_KEY, _BASE_KEY, _TEXT_KEY = "flexidit", "flexidit_base", "flexidit_text"
+_ALIGNMENT = 64  # bytes, of torch's own allocations
+_NULL_CAPTION_FILE = "null_caption.safetensors"
+# How training scripts wrap what they save, the averaged weights and the others: PixArt's and DiT's
+_WRAPPERS = {True: ("ema", "state_dict_ema"), False: ("model", "state_dict")}
 
 
-def load_checkpoint(path: str | Path, *, prefer_ema: bool = True, **overrides: Any) -> DiT:
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds: all that a model is built of."""
+
+    config: TransformerConfig
+    state: dict[str, Tensor]
+    text: Mapping[str, Any] | None = None
+    """Fingerprint of the text encoder that they were trained with; None: not known, or none."""
+
+
+def load_checkpoint(
+    path: str | Path, base: str | Path | None = None, *, prefer_ema: bool = True, **overrides: Any
+) -> DiT | TextDiT:
     """A model with the weights and the config that a checkpoint holds, in eval mode, on the CPU.
 
     Args:
         path: a flexidit ``.safetensors``; a training ``.ckpt``; an official ``.pt`` or ``.pth``, flat or wrapped as
-            ``{"model", "ema"}``; a diffusers directory, of the transformer or of its pipeline; or a hub id of one.
+            DiT's and PixArt's scripts do; a diffusers directory, of the transformer or of its pipeline; a folder that
+            ``flexidit convert --to peft`` wrote; or a hub id of a directory.
+        base: what adapters stand on, in any of these forms; None takes it from where the checkpoint says it was.
         prefer_ema: take the averaged weights where a checkpoint has both.
-        **overrides: for official weights, what no shape tells: ``num_heads``, a non-square ``input_size``.
+        **overrides: for official weights, what no shape tells: ``num_heads``, a non-square ``input_size``; without
+            PixArt's ``pos_embed``, ``input_size``. For others they are not needed and not looked at.
 
     Raises:
-        FileNotFoundError: neither a path nor a hub id that can be had.
-        ValueError: a file that is damaged, unsafe, or not a model known here; the sentence names it.
+        FileNotFoundError: neither a path nor a hub id that can be had, of the checkpoint or of its base.
+        ValueError: a file that is damaged, unsafe, or not a model known here, or a base that is another than the
+            adapters were trained on; the sentence names it.
     """
-    path = _resolve(path)
-    if path.is_dir():
-        return _load_diffusers(path)
-    if path.suffix == ".safetensors":
-        return _load_flexidit(path, overrides)
-    values = _load_pickle(path)
-    if "state_dict" in values and "flexidit" in values:
-        return _load_training(values, path, prefer_ema)
-    state = _unwrap(values, prefer_ema)
-    return _fill(layout.config_from_official(state, **overrides), state, path)
+    weights = read_weights(path, base, prefer_ema=prefer_ema, **overrides)
+    return build_from(weights, Path(path))
 
 
-def save_checkpoint(model: DiT, path: str | Path, *, layout_format: Format = "flexidit") -> Path:
+def save_checkpoint(
+    model: FlexiTransformer,
+    path: str | Path,
+    *,
+    layout_format: Format = "flexidit",
+    adapters_only: bool = False,
+    base_source: str | None = None,
+    text: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a model's weights so that a reader sees the whole file or none of it.
 
     Args:
         model: any model of ours; the other layouts take models with one patch size.
         path: a ``.safetensors`` file ("flexidit"), a ``.pt`` file ("official") or a directory ("diffusers").
+        adapters_only: leave out the base of a student of the lora recipe, and write its hash instead.
+        base_source: where readers find that base unless they are told otherwise: a path or a hub id.
+        text: fingerprint of the text encoder that the model was trained with, which our own layout keeps.
 
     Returns:
         The file or directory that was written.
     """
     path = Path(path)
+    if adapters_only:
+        if layout_format != "flexidit":
+            raise ValueError(f"the {layout_format} layout has no place for adapters; use layout_format='flexidit'")
+        return save_adapters(adapters_of(model.config, model.state_dict(), base_source, text), path)
     if layout_format == "flexidit":
-        header = {_HEADER_KEY: json.dumps(config_to_dict(model.config))}
-        return _save_safetensors(model.state_dict(), path, header)
+        return save_safetensors(model.state_dict(), path, _header(model.config, text))
     if model.config.flex is not None:
         raise ValueError(
             f"the {layout_format} layout has one patch size; take one of this model first "
             "(lora: merge a weak size, shared: pick any size)"
         )
     if layout_format == "official":
-        with replacing(path) as temporary:
-            torch.save(model.state_dict(), temporary)
-        return path
+        return save_pickle(model.state_dict(), path)
     return _save_diffusers(model, path)
 
 
-def build(config: DiTConfig) -> DiT:
+def save_adapters(added: Adapters, path: Path) -> Path:
+    """Write a flexidit ``.safetensors`` of what was added to a base, and of which base that is."""
+    header = {**_header(added.config, added.text), _BASE_KEY: json.dumps(asdict(added.base))}
+    return save_safetensors(added.tensors, path, header)
+
+
+def build(config: TransformerConfig) -> FlexiTransformer:
     """A model, plain or flexible, with the structure that a config describes and fresh weights."""
-    model = DiT(replace(config, flex=None))
+    model = plain_model(replace(config, flex=None))
     if config.flex is None:
         return model
     flex = config.flex
@@ -102,138 +147,221 @@ def build(config: DiTConfig) -> DiT:
     )
 
 
-def _fill(config: DiTConfig, state: Mapping[str, Tensor], source: Path) -> DiT:
-    """Build on the meta device and put the tensors in place: nothing is initialised only to be overwritten."""
+def build_from(weights: Weights, source: Path) -> Any:
+    """Build on the meta device and put the tensors in place: nothing is initialised only to be overwritten.
+
+    Raises:
+        ValueError: tensors that do not fit the config; the sentence names ``source``.
+    """
     with torch.device("meta"):
-        model = build(config)
+        model = build(weights.config)
     try:
-        model.load_state_dict(dict(state), strict=True, assign=True)
+        model.load_state_dict({name: _aligned(tensor) for name, tensor in weights.state.items()}, assign=True)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"{source} does not fit the model it says it holds: {problem}") from None
-    model.pos_embed.requires_grad_(False)
     model.reset_derived()
     return model.eval()
 
 
-def _load_flexidit(path: Path, overrides: Mapping[str, Any]) -> DiT:
-    state, header = read_safetensors(path)
-    if _HEADER_KEY not in header:
-        return _fill(layout.config_from_official(state, **overrides), state, path)
-    return _fill(config_from_dict(json.loads(header[_HEADER_KEY])), state, path)
+def read_weights(
+    path: str | Path, base: str | Path | None = None, *, prefer_ema: bool = True, **overrides: Any
+) -> Weights:
+    """As :func:`load_checkpoint`, without building the model."""
+    return complete(read_any(path, prefer_ema=prefer_ema, **overrides), base, Path(path))
 
 
-def _load_training(values: Mapping[str, Any], path: Path, prefer_ema: bool) -> DiT:
+def recorded_text(path: str | Path) -> Mapping[str, Any] | None:
+    """Fingerprint of the text encoder that a checkpoint of ours was trained with; None where that is not said.
+
+    No base is looked for and no model built, so this is quick.
+    """
+    path = resolve(path)
+    is_ours = (path / DESCRIPTION).is_file() or path.suffix in (".safetensors", ".ckpt")
+    if not is_ours:
+        return None
+    try:
+        return read_any(path).text
+    except ValueError:  # official weights, which may need to be told more
+        return None
+
+
+def complete(found: Weights | Adapters, base: str | Path | None, path: Path) -> Weights:
+    """What :func:`read_any` found at ``path``, adapters put on their base.
+
+    Raises:
+        FileNotFoundError, ValueError: a base that cannot be had, is another, or is given where none is needed.
+    """
+    if isinstance(found, Adapters):
+        return Weights(found.config, put_on_base(found, base_of(found, base, path)), found.text)
+    if base is not None:
+        raise ValueError(f"{path} holds a whole model, which needs no base; leave {base} out")
+    return found
+
+
+def base_of(added: Adapters, given: str | Path | None, path: Path) -> dict[str, Tensor]:
+    """The state dict of the base that was given, or of that which training had, if it is the same to the bit.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be had, or is another; ``path`` is that of the adapters.
+    """
+    source = given or added.base.source
+    if source is None:
+        raise ValueError(f"{path} holds adapters only and does not say where their base is; give it (base=, --base)")
+    told = {name: getattr(added.config, name) for name in ("num_heads", "input_size")}
+    if isinstance(added.config, TextDiTConfig):
+        told["position_scale"] = added.config.position_scale
+    try:
+        base = base_tensors(read_weights(source, **told).state)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} holds adapters only, and their base cannot be had: {error} (base=, --base)"
+        ) from None
+    digest = hash_tensors(base, computes_positions=added.config.computes_positions)
+    if digest != added.base.hash:
+        raise ValueError(
+            f"{source} is not the base that the adapters in {path} were trained on: its weights have the hash "
+            f"{digest[:12]}, not {added.base.hash[:12]}; give that base (base=, --base)"
+        )
+    return base
+
+
+def read_any(path: str | Path, *, prefer_ema: bool = True, **overrides: Any) -> Weights | Adapters:
+    """What a checkpoint holds as it is: adapters stay without a base."""
+    path = resolve(path)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if isinstance(overrides.get("input_size"), int):
+        overrides["input_size"] = (overrides["input_size"],) * 2
+    if path.is_dir():
+        return read_peft(path) if (path / DESCRIPTION).is_file() else _read_diffusers(path, overrides)
+    if path.suffix == ".safetensors":
+        state, header = read_safetensors(path)
+        return _read_flexidit(state, header) if _HEADER_KEY in header else _read_official(state, path, overrides)
+    values = load_pickle(path)
+    if "state_dict" in values and "flexidit" in values:
+        return _read_training(values, prefer_ema)
+    return _read_official(_unwrap(values, prefer_ema), path, overrides)
+
+
+def computed_positions(config: TransformerConfig) -> Tensor:
+    """``pos_embed`` as a config says it, float32: (1, T, D). No weight is made, no random number drawn."""
+    with torch.device("meta"):
+        model = plain_model(replace(config, depth=0, flex=None))
+    model.pos_embed = nn.Parameter(torch.empty(0, device="cpu"), requires_grad=False)  # computed on its device
+    return model.computed_positions(config.patch_size, config.input_size)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """In memory as torch allocates it.
+
+    A view into a file may begin anywhere, and matrix products choose their order of summation by that: equal weights
+    would give outputs that differ in the last bit.
+    """
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def _header(config: TransformerConfig, text: Mapping[str, Any] | None) -> dict[str, str]:
+    header = {_HEADER_KEY: json.dumps(config_to_dict(config))}
+    return header if text is None else {**header, _TEXT_KEY: json.dumps(dict(text))}
+
+
+def _read_flexidit(state: dict[str, Tensor], header: Mapping[str, str]) -> Weights | Adapters:
+    config = config_from_dict(json.loads(header[_HEADER_KEY]))
+    text = json.loads(header[_TEXT_KEY]) if _TEXT_KEY in header else None
+    if _BASE_KEY in header:
+        return Adapters(config, state, BaseIdentity.parse(json.loads(header[_BASE_KEY])), text)
+    return Weights(config, state, text)
+
+
+def _read_training(values: Mapping[str, Any], prefer_ema: bool) -> Weights | Adapters:
+    """A Lightning checkpoint: of the recipe "lora" it holds what trains, and the identity of the base."""
     state = _model_tensors(values["state_dict"])
     average = values.get("callbacks", {}).get("EMA", {}).get("average", {})
     if prefer_ema:
         state.update({name: tensor.to(state[name].dtype) for name, tensor in _model_tensors(average).items()})
-    return _fill(config_from_dict(values["flexidit"]["config"]), state, path)
+    said = values["flexidit"]
+    config, base, text = config_from_dict(said["config"]), said.get("base"), said.get("text")
+    return Weights(config, state, text) if base is None else Adapters(config, state, BaseIdentity.parse(base), text)
 
 
 def _model_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a Lightning module keeps under ``model.``, wrappers of compilation and checkpointing taken off."""
-    bare = {re.sub(r"_orig_mod\.|_checkpoint_wrapped_module\.", "", name): value for name, value in tensors.items()}
+    bare = {unwrapped(name): value for name, value in tensors.items()}
     return {name.removeprefix("model."): value for name, value in bare.items() if name.startswith("model.")}
 
 
 def _unwrap(values: Mapping[str, Any], prefer_ema: bool) -> dict[str, Tensor]:
-    """The state dict of DiT's training checkpoints (``model`` and ``ema``), or a flat one as it is."""
-    names = ("ema", "model") if prefer_ema else ("model", "ema")
-    for name in names:
+    """The state dict that a training script wrapped, the averaged one or the other, or a flat one as it is."""
+    for name in (*_WRAPPERS[prefer_ema], *_WRAPPERS[not prefer_ema]):
         if isinstance(values.get(name), Mapping):
             return dict(values[name])
     return dict(values)
 
 
-def _load_diffusers(path: Path) -> DiT:
+def _read_official(state: dict[str, Tensor], path: Path, overrides: Mapping[str, Any]) -> Weights:
+    try:
+        config = layout_of_official(state).config_from_official(state, **overrides)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Weights(config, _with_positions(config, state))
+
+
+def _read_diffusers(path: Path, overrides: Mapping[str, Any]) -> Weights:
+    check_not_a_part(path)
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give a directory that diffusers' save_pretrained wrote")
-    values = json.loads(config_file.read_text())
-    if values.get("_class_name") != "DiTTransformer2DModel":
-        raise ValueError(f"{config_file} describes a {values.get('_class_name')}; known is DiTTransformer2DModel")
-    config = layout.config_from_diffusers(values)
-    state = layout.from_diffusers(_diffusers_tensors(folder), config.depth)
-    table = DiT(replace(config, depth=0)).pos_embed.detach()  # not in diffusers' file: it follows from the config
-    return _fill(config, {**state, "pos_embed": table}, folder)
+    values = read_json(config_file)
+    try:
+        layout = layout_of_class(values.get("_class_name"))
+        config = layout.config_from_diffusers(values)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{config_file}: {error}") from None
+    config = replace(config, **{name: overrides[name] for name in layout.UNTOLD_BY_DIFFUSERS if name in overrides})
+    try:
+        state = layout.from_diffusers(read_diffusers(folder), config.depth)
+    except KeyError as error:
+        raise ValueError(f"the weights in {folder} have no {error}, which a {layout.CLASS_NAME} has") from None
+    if (folder / _NULL_CAPTION_FILE).is_file():
+        null = read_safetensors(folder / _NULL_CAPTION_FILE)[0][NULL_CAPTION]
+        config = replace(config, null_caption=True, caption_length=len(null))
+        state[NULL_CAPTION] = null
+    return Weights(config, _with_positions(config, state))
 
 
-def _diffusers_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, be they in one safetensors file, in several, or in the older ``.bin``."""
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    if files:
-        return {name: tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
-    legacy = folder / "diffusion_pytorch_model.bin"
-    if legacy.is_file():
-        return dict(_load_pickle(legacy))
-    raise FileNotFoundError(f"{folder} has no diffusion_pytorch_model.safetensors")
+def _with_positions(config: TransformerConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the table of positions, which layouts may leave out because it follows from the config."""
+    if "pos_embed" in state or not config.computes_positions:
+        return state
+    return {**state, "pos_embed": computed_positions(config).to(state["x_embedder.proj.weight"].dtype)}
 
 
-def _save_diffusers(model: DiT, folder: Path) -> Path:
-    values = {"_class_name": "DiTTransformer2DModel", **layout.config_to_diffusers(model.config)}
-    state = layout.to_diffusers(model.state_dict(), model.config.depth)
+def _save_diffusers(model: FlexiTransformer, folder: Path) -> Path:
+    layout, state = layout_of_config(model.config), model.state_dict()
+    values = {"_class_name": layout.CLASS_NAME, **layout.config_to_diffusers(model.config)}
+    _check_positions(model)
     folder.mkdir(parents=True, exist_ok=True)
-    _save_safetensors(state, folder / _DIFFUSERS_WEIGHTS, {"format": "pt"})
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    (folder / _NULL_CAPTION_FILE).unlink(missing_ok=True)
+    if NULL_CAPTION in state:
+        save_safetensors({NULL_CAPTION: state[NULL_CAPTION]}, folder / _NULL_CAPTION_FILE, {"format": "pt"})
+    converted = layout.to_diffusers(state, model.config.depth)
+    save_safetensors(converted, folder / DIFFUSERS_WEIGHTS, {"format": "pt"})
+    save_json(values, folder / "config.json")
     return folder
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or write it again") from None
-
-
-def _save_safetensors(state: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> Path:
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
-    return path
-
-
-def _load_pickle(path: Path) -> Mapping[str, Any]:
-    """Read a ``.pt``, ``.pth`` or ``.ckpt`` without running code from it."""
-    try:
-        # DiT's own training checkpoints hold the command line as a Namespace, which is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
+def _check_positions(model: FlexiTransformer) -> None:
+    """diffusers computes positions from the indices of patches; any others would be lost without a word."""
+    size, sides, layout = model.base_patch_size, model.input_size, layout_of_config(model.config)
+    if sides[0] % size.h or sides[1] % size.w:
         raise ValueError(
-            f"{path} holds objects that only running its code could rebuild, which is refused; "
-            "export its weights as safetensors or as a plain state dict"
-        ) from None
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not a dictionary of tensors")
-    return values
-
-
-def _resolve(path: str | Path) -> Path:
-    """A local path, or what the hub has under ``owner/name``."""
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["config.json", "transformer/config.json", "*diffusion_pytorch_model*"]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"{path} is neither a file here nor a model that the hub gives now ({reason}); give a local path"
-        ) from None
+            f"diffusers' DiT takes whole patches, not {size.name} on {sides[0]}x{sides[1]}; use --to official"
+        )
+    theirs = computed_positions(layout.config_from_diffusers(layout.config_to_diffusers(model.config)))
+    if not torch.allclose(theirs, model.pos_embed.detach().float().cpu(), atol=1e-2):
+        raise ValueError(
+            f"diffusers puts patches at their index and this model has those of size {size.name} elsewhere "
+            "(their centres, positions='coords'); use --to official, which stores positions, or flexify with "
+            "positions='grid' or, of a PixArt, 'corners'"
+        )

@@ -1,34 +1,68 @@
-"""``flexidit convert``: weights from any layout to any other, and one patch size of a flexible model as a plain one."""
+"""``flexidit convert``: weights from any layout to any other, one patch size of a flexible model, or its adapters."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from flexidit.config import DiTConfig
-    from flexidit.models.dit import DiT
+from flexidit.config import TextDiTConfig, family_of
 
-HELP = "official, diffusers, flexidit and training checkpoints to one another; one patch size as a plain model"
-EXAMPLE = "flexidit convert student.safetensors DiT-XL-4 --to diffusers --patch-size 4"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexidit.checkpoint import Weights
+    from flexidit.config import DiTConfig
+    from flexidit.export import Adapters
+    from flexidit.models import FlexiTransformer
+
+HELP = "official, diffusers, flexidit and training checkpoints to one another; one patch size; adapters for peft"
+EXAMPLE = """flexidit convert last.ckpt adapters --to peft --base PixArt-XL-2-256x256.pth
+  flexidit convert adapters PixArt-XL-4 --to merged --patch-size 4 --base PixArt-XL-2-256x256.pth
+  flexidit convert student.safetensors DiT-XL-4 --to diffusers --patch-size 4"""
 
 _SUFFIXES = {"flexidit": (".safetensors",), "official": (".pt", ".pth")}
+_LAYOUTS = {
+    "flexidit": "flexidit",
+    "official": "official",
+    "diffusers": "diffusers",
+    "merged": "diffusers",  # of a weak patch size
+    "peft": "peft",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("input", help="flexidit, official or diffusers weights, a training .ckpt, or a hub id")
-    parser.add_argument("output", type=Path, help=".safetensors (flexidit), .pt (official) or folder (diffusers)")
-    parser.add_argument("--to", required=True, choices=("flexidit", "official", "diffusers"), help="layout to write")
+    parser.add_argument(
+        "input", help="flexidit, official or diffusers weights, a training .ckpt, adapters, or a hub id"
+    )
+    parser.add_argument(
+        "output", type=Path, help=".safetensors (flexidit), .pt (official) or folder (diffusers, merged, peft)"
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=_LAYOUTS,
+        help="layout to write; merged: a weak patch size for diffusers; peft: adapters for diffusers' class",
+    )
     parser.add_argument(
         "--patch-size", metavar="SIZE", help="write a plain model of this size: adapters merged, weights projected"
     )
+    parser.add_argument(
+        "--base", metavar="PATH", help="what adapters stand on, if not where training had it; a file, folder or hub id"
+    )
+    parser.add_argument("--adapters-only", action="store_true", help="flexidit layout without the base (recipe lora)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="write in this precision (default: as stored)"
+    )
     parser.add_argument("--no-ema", action="store_true", help="not the averaged weights where a checkpoint has both")
     parser.add_argument("--num-heads", type=int, metavar="N", help="of official weights of no published width")
+    parser.add_argument(
+        "--input-size", type=int, metavar="N", help="latent side, of official PixArt weights without pos_embed"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
@@ -38,156 +72,219 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FileNotFoundError, ValueError: in one sentence, on input that cannot be used or layouts that cannot hold it.
     """
-    from flexidit.checkpoint import save_checkpoint
-    from flexidit.commands.sampling_setup import read_checkpoint
+    from flexidit.checkpoint import read_any
 
-    _check_output(args.output, args.to)
-    source = read_checkpoint(args.input, prefer_ema=not args.no_ema, num_heads=args.num_heads)
-    model = _chosen(source, args)
-    missing = _missing_fields(model, args.to)
-    _check_positions(model, args.to)
-    warning = _warning(model.config, missing, args.to)
-    if warning:
-        print(f"flexidit convert: {warning}", file=sys.stderr)
-    written = save_checkpoint(model, args.output, layout_format=args.to)
-    num_tensors = _verify(model, written, {name: getattr(model.config, name) for name in missing}, args.to)
-    report = {
-        "input": str(args.input),
-        "read": _facts(source),
-        "output": str(written),
-        "layout": args.to,
-        "written": _facts(model),
-        "bytes": _bytes(written),
-        "tensors_compared": num_tensors,
-        "warning": warning,
-    }
+    _check_arguments(args)
+    found = read_any(args.input, prefer_ema=not args.no_ema, num_heads=args.num_heads, input_size=args.input_size)
+    if args.num_heads not in (None, found.config.num_heads):
+        raise ValueError(
+            f"{args.input} says num_heads={found.config.num_heads}, not {args.num_heads}; leave --num-heads out"
+        )
+    report = _convert_adapters(found, args) if _wants_adapters(args) else _convert_model(found, args)
+    if report["warning"]:
+        print(f"flexidit convert: {report['warning']}", file=sys.stderr)
     print(json.dumps(report) if args.json else _describe(report))
     return 0
 
 
-def _check_output(path: Path, layout: str) -> None:
-    """Refuse what could not be read back, before anything is read."""
-    known = _SUFFIXES.get(layout)
+def _wants_adapters(args: argparse.Namespace) -> bool:
+    return args.to == "peft" or args.adapters_only
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what does not go together, and what could not be read back, before anything is read."""
+    if args.adapters_only and args.to != "flexidit":
+        raise ValueError(f"--adapters-only is for --to flexidit, not {args.to}; --to peft writes adapters anyway")
+    if _wants_adapters(args) and args.patch_size is not None:
+        raise ValueError("adapters are written for all weak patch sizes; leave --patch-size out, or use --to merged")
+    path, known = args.output, _SUFFIXES.get(args.to)
     if known and (path.suffix not in known or path.is_dir()):
-        raise ValueError(f"the {layout} layout is one file that ends in {' or '.join(known)}, got {path}")
+        raise ValueError(f"the {args.to} layout is one file that ends in {' or '.join(known)}, got {path}")
     if not known and (path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".ckpt")):
-        raise ValueError(f"the {layout} layout is a folder, got {path}")
+        raise ValueError(f"the {args.to} layout is a folder, got {path}")
 
 
-def _chosen(source: DiT, args: argparse.Namespace) -> DiT:
+def _convert_adapters(found: Weights | Adapters, args: argparse.Namespace) -> dict[str, Any]:
+    """Write what the lora recipe added; the base is not needed for that, only checked if it is given."""
+    from flexidit.checkpoint import base_of, read_any, save_adapters
+    from flexidit.export import Adapters, adapters_of, save_peft
+
+    added = found if isinstance(found, Adapters) else adapters_of(found.config, found.state, text=found.text)
+    if args.base is not None:
+        base_of(added, args.base, Path(args.input))
+        added = replace(added, base=replace(added.base, source=args.base))
+    read, added = _facts(added.config, added.tensors), added.to(_dtype(args))
+    written = save_peft(added, args.output) if args.to == "peft" else save_adapters(added, args.output)
+    again = read_any(written)
+    if not isinstance(again, Adapters) or (again.config, again.base) != (added.config, added.base):
+        raise ValueError(f"{written} does not read back as it was written (its description differs); write it again")
+    _compare(added.tensors, again.tensors, written)
+    warning = "" if added.base.source else "nothing says where the base is: give it with --base, or at every load"
+    report = _report(args, read, _facts(added.config, added.tensors), warning, len(added.tensors))
+    return {**report, "base": asdict(added.base)}
+
+
+def _convert_model(found: Weights | Adapters, args: argparse.Namespace) -> dict[str, Any]:
+    from flexidit.checkpoint import build_from, complete, save_checkpoint
+
+    source = build_from(complete(found, args.base, Path(args.input)), Path(args.input))
+    model, layout = _chosen(source, args), _LAYOUTS[args.to]
+    read = _facts(source.config, dict(source.named_parameters()))
+    if args.dtype is not None:
+        model = model.to(_dtype(args))
+    missing = _missing_fields(model, layout)
+    warning = _warning(model.config, missing, layout)
+    written = save_checkpoint(model, args.output, layout_format=layout, text=found.text)  # type: ignore[arg-type]
+    num_tensors = _verify(model, written, missing, layout)
+    return _report(args, read, _facts(model.config, dict(model.named_parameters())), warning, num_tensors)
+
+
+def _dtype(args: argparse.Namespace) -> Any:
+    import torch
+
+    return None if args.dtype is None else getattr(torch, args.dtype)
+
+
+def _chosen(source: FlexiTransformer, args: argparse.Namespace) -> FlexiTransformer:
     """The model to write: as it is, or one of its patch sizes."""
     from flexidit.recipes import plain_copy
 
     if args.patch_size is not None:
         return plain_copy(source, args.patch_size)
+    sizes = source.patch_sizes if args.to != "merged" else source.patch_sizes[1:]
+    if args.to == "merged" and len(sizes) == 1:
+        return plain_copy(source, sizes[0])
+    if args.to == "merged" and not sizes:
+        raise ValueError("this model has no weak patch size to merge; use --to diffusers")
     if args.to != "flexidit" and source.config.flex is not None:
-        sizes = ", ".join(size.name for size in source.patch_sizes)
-        raise ValueError(f"the {args.to} layout holds one patch size; choose one of {sizes} with --patch-size")
+        names = ", ".join(size.name for size in sizes)
+        raise ValueError(f"the {args.to} layout holds one patch size; choose one of {names} with --patch-size")
     return source
 
 
-def _missing_fields(model: DiT, layout: str) -> dict[str, Any]:
+def _missing_fields(model: FlexiTransformer, layout: str) -> dict[str, Any]:
     """Fields that the layout does not hold, with what a reader assumes for each; None: it must be told."""
+    from flexidit.layouts import layout_of_config
+
     if layout == "flexidit":
         return {}
-    assumed = _assumed_by_diffusers(model.config) if layout == "diffusers" else _assumed_of_official(model)
-    config = model.config
+    told, assumed = _assumed_of_official(model) if layout == "official" else ([], _assumed_by_diffusers(model.config))
+    config = layout_of_config(model.config).own_unit(model.config)
     names = [field.name for field in fields(config) if getattr(assumed, field.name) != getattr(config, field.name)]
-    if config.class_dropout_prob and "class_dropout_prob" in names:
-        names.remove("class_dropout_prob")  # the rate matters in training only; that there is a null label is held
-    missing: dict[str, Any] = {name: getattr(assumed, name) for name in names}
-    if layout == "official" and not _is_published_width(model):
-        missing["num_heads"] = None
-    return missing
+    held = _held_otherwise(config, layout)
+    return {**dict.fromkeys(told), **{name: getattr(assumed, name) for name in names if name not in held}}
 
 
-def _assumed_by_diffusers(config: DiTConfig) -> DiTConfig:
-    from flexidit.layouts.dit import config_from_diffusers, config_to_diffusers
-
-    return config_from_diffusers(config_to_diffusers(config))
-
-
-def _assumed_of_official(model: DiT) -> DiTConfig:
-    from flexidit.layouts.dit import config_from_official
-
-    heads = None if _is_published_width(model) else model.config.num_heads
-    return config_from_official(model.state_dict(), num_heads=heads)
+def _held_otherwise(config: TextDiTConfig | DiTConfig, layout: str) -> set[str]:
+    """Fields whose difference makes none."""
+    is_text = isinstance(config, TextDiTConfig)
+    # The rate matters in training only; that there is a null condition is held.
+    held = {"class_dropout_prob"} if is_text or config.class_dropout_prob else set()
+    if isinstance(config, TextDiTConfig) and config.null_caption and layout == "diffusers":
+        held |= {"null_caption", "caption_length"}  # of a file beside the weights
+    return held
 
 
-def _is_published_width(model: DiT) -> bool:
-    from flexidit.layouts.dit import config_from_official
+def _assumed_by_diffusers(config: Any) -> Any:
+    from flexidit.layouts import layout_of_config
 
-    try:
-        config_from_official(model.state_dict())
-    except ValueError:
-        return False
-    return True
+    layout = layout_of_config(config)
+    return layout.config_from_diffusers(layout.config_to_diffusers(config))
 
 
-def _check_positions(model: DiT, layout: str) -> None:
-    """diffusers computes positions from the indices of patches; any others would be lost without a word."""
-    import torch
+def _assumed_of_official(model: FlexiTransformer) -> tuple[list[str], Any]:
+    """What readers must be told, as little as possible, and what they take for the rest."""
+    from flexidit.layouts import layout_of_config
 
-    from flexidit.models.dit import DiT
-
-    if layout != "diffusers":
-        return
-    size, sides = model.base_patch_size, model.input_size
-    if sides[0] % size.h or sides[1] % size.w:
-        raise ValueError(
-            f"diffusers' DiT takes whole patches, not {size.name} on {sides[0]}x{sides[1]}; use --to official"
-        )
-    by_index = DiT(replace(model.config, depth=0)).pos_embed
-    if not torch.allclose(by_index, model.pos_embed.float(), atol=1e-3):
-        raise ValueError(
-            f"diffusers' DiT puts patches at their index and this model has those of size "
-            f"{size.name} elsewhere (their centres, positions='coords'); use --to official, which "
-            "stores positions, or flexify with positions='grid'"
-        )
+    read, state = layout_of_config(model.config).config_from_official, model.state_dict()
+    needed: tuple[list[str], ...] = ([], ["num_heads"], ["input_size"], ["num_heads", "input_size"])
+    for names in needed[:-1]:
+        try:
+            return names, read(state, **{name: getattr(model.config, name) for name in names})
+        except ValueError:
+            continue
+    return needed[-1], read(state, **{name: getattr(model.config, name) for name in needed[-1]})
 
 
-def _warning(config: DiTConfig, missing: dict[str, Any], layout: str) -> str:
+def _warning(config: Any, missing: dict[str, Any], layout: str) -> str:
     """One sentence on what readers will do differently; empty if nothing."""
+    from flexidit.layouts import layout_of_config
+
     told = [f"{name}={getattr(config, name)}" for name, assumed in missing.items() if assumed is None]
-    differs = [f"{name}={assumed}" for name, assumed in missing.items() if assumed is not None]
-    if differs and layout == "diffusers":
+    differs = {name: f"{name}={assumed}" for name, assumed in missing.items() if assumed is not None}
+    untold = layout_of_config(config).UNTOLD_BY_DIFFUSERS
+    computed = [text for name, text in differs.items() if name not in untold]
+    if computed and layout == "diffusers":
         return (
-            f"diffusers' DiT computes with {', '.join(differs)}, which these weights were not trained with, so its "
-            "outputs differ a little, as they do for DiT's published weights in that layout"
+            f"diffusers' {family_of(config)} computes with {', '.join(computed)}, which these weights were not trained "
+            "with, so its outputs differ a little, as they do for DiT's published weights in that layout"
         )
     sentences = [f"readers must be told {', '.join(told)}"] if told else []
-    sentences += [f"readers told nothing, such as DiT's own code, take {', '.join(differs)}"] if differs else []
-    return f"the official layout does not hold everything: {'; '.join(sentences)}" if sentences else ""
+    takers = "readers told nothing, such as DiT's own code," if layout == "official" else "readers told nothing"
+    sentences += [f"{takers} take {', '.join(differs.values())}"] if differs else []
+    return f"the {layout} layout does not hold everything: {'; '.join(sentences)}" if sentences else ""
 
 
-def _verify(model: DiT, written: Path, overrides: dict[str, Any], layout: str) -> int:
+def _verify(model: FlexiTransformer, written: Path, missing: dict[str, Any], layout: str) -> int:
     """Read back and compare every tensor; returns how many there were."""
+    from flexidit.checkpoint import load_checkpoint
+    from flexidit.layouts import layout_of_config
+
+    config = layout_of_config(model.config).own_unit(model.config)
+    again = load_checkpoint(written, **{name: getattr(config, name) for name in missing}).state_dict()
+    derived = {"pos_embed"} if layout == "diffusers" else set()  # computed when read, hence equal to rounding only
+    return _compare(model.state_dict(), again, written, derived)
+
+
+def _compare(
+    state: dict[str, Tensor], again: dict[str, Tensor], written: Path, derived: set[str] | frozenset[str] = frozenset()
+) -> int:
+    """Number of tensors, if all came back as they were.
+
+    Raises:
+        ValueError: one did not.
+    """
     import torch
 
-    from flexidit.checkpoint import load_checkpoint
-
-    again = load_checkpoint(written, **(overrides if layout == "official" else {})).state_dict()
-    state = model.state_dict()
-    derived = {"pos_embed"} if layout == "diffusers" else set()  # computed when read, hence equal to rounding only
-    differing = [name for name in state if name not in again or not torch.equal(state[name], again[name])]
-    lost = sorted((set(differing) | set(again) - set(state)) - derived)
+    differing = {name for name in state if name not in again or not torch.equal(state[name], again[name])}
+    lost = sorted((differing | (set(again) - set(state))) - derived)
     if lost:
         raise ValueError(f"{written} does not read back as it was written ({lost[0]} differs); write it again")
     return len(state)
 
 
-def _facts(model: DiT) -> dict[str, Any]:
-    config = model.config
+def _facts(config: TextDiTConfig | DiTConfig | Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Of a model and its parameters, or of adapters."""
+    if isinstance(config, TextDiTConfig):
+        condition = {"caption_length": config.caption_length, "caption_channels": config.caption_channels}
+    else:
+        condition = {"num_classes": config.num_classes}
     return {
-        "patch_sizes": [size.name for size in model.patch_sizes],
+        "family": family_of(config),
+        "patch_sizes": [size.name for size in config.patch_sizes],
         "recipe": None if config.flex is None else config.flex.recipe,
         "depth": config.depth,
         "hidden_size": config.hidden_size,
         "input_size": list(config.input_size),
         "in_channels": config.in_channels,
-        "num_classes": config.num_classes,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **condition,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+    }
+
+
+def _report(
+    args: argparse.Namespace, read: dict[str, Any], written: dict[str, Any], warning: str, num_tensors: int
+) -> dict[str, Any]:
+    return {
+        "input": str(args.input),
+        "read": read,
+        "output": str(args.output),
+        "layout": args.to,
+        "written": written,
+        "bytes": _bytes(args.output),
+        "tensors_compared": num_tensors,
+        "warning": warning,
     }
 
 
@@ -197,21 +294,30 @@ def _bytes(path: Path) -> int:
 
 
 def _describe(report: dict[str, Any]) -> str:
-    return "\n".join(
-        [
-            f"read    {report['input']}: {_in_words(report['read'])}",
-            f"written {report['output']}: {_in_words(report['written'])}",
-            f"{report['layout']} layout, {report['bytes'] / 1e6:.1f} MB; read back, "
-            f"all {report['tensors_compared']} tensors agree",
-        ]
-    )
+    is_part = "base" in report
+    lines = [
+        f"read    {report['input']}: {_in_words(report['read'], is_part)}",
+        f"written {report['output']}: {_in_words(report['written'], is_part)}",
+        f"{report['layout']} layout, {report['bytes'] / 1e6:.1f} MB; read back, "
+        f"all {report['tensors_compared']} tensors agree",
+    ]
+    if is_part:
+        base = report["base"]
+        lines.append(f"base    {base['source'] or 'not recorded where'}, weights {base['hash'][:12]}")
+    return "\n".join(lines)
 
 
-def _in_words(facts: dict[str, Any]) -> str:
+def _in_words(facts: dict[str, Any], is_part: bool = False) -> str:
     height, width = facts["input_size"]
     kind = "plain" if facts["recipe"] is None else f"flexible ({facts['recipe']})"
+    what = f"adapters of a {kind}" if is_part else kind
+    condition = (
+        f"{facts['num_classes']} classes"
+        if "num_classes" in facts
+        else f"captions of {facts['caption_length']} x {facts['caption_channels']}"
+    )
     return (
-        f"{kind} DiT, {facts['depth']} blocks of width {facts['hidden_size']}, "
+        f"{what} {facts['family']}, {facts['depth']} blocks of width {facts['hidden_size']}, "
         f"patch {', '.join(facts['patch_sizes'])}, latent {facts['in_channels']}x{height}x{width}, "
-        f"{facts['num_classes']} classes, {facts['parameters'] / 1e6:.2f} M parameters, {facts['dtype']}"
+        f"{condition}, {facts['parameters'] / 1e6:.2f} M parameters, {facts['dtype']}"
     )

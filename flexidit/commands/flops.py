@@ -7,14 +7,15 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from flexidit.config import DiTConfig, FlexConfig
-from flexidit.flops import forward_flops, schedule_cost, schedule_for_budget
+from flexidit.config import FlexConfig, TextDiTConfig, TransformerConfig
+from flexidit.flops import CaptionWork, caption_flops, forward_flops, schedule_cost, schedule_for_budget
 from flexidit.patch_size import PatchSize
 from flexidit.sampling.schedule import PatchSchedule
 from flexidit.variants import variant_config
 
 HELP = "what a model, a patch size or a schedule costs, in FLOPs (2 per multiply-accumulate, denoising network only)"
 EXAMPLE = "flexidit flops --model DiT-XL/2 --weak 4 --steps 250 --powerful-steps 70"
+_WAYS: dict[str, CaptionWork] = {"every-step": "every_step", "once": "once"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", choices=("shared", "lora"), default="shared", help="default: %(default)s")
     parser.add_argument("--rank", type=int, default=32, metavar="R", help="rank of the adapters (default: %(default)s)")
     parser.add_argument("--unmerged", action="store_true", help="adapters run beside the weights (recipe lora)")
+    parser.add_argument(
+        "--captions",
+        choices=tuple(_WAYS),
+        default="every-step",
+        help="count projection, keys and values of captions at every step, as the paper does, or once for a sample, as "
+        "the sampler computes them (default: %(default)s)",
+    )
+    parser.add_argument("--caption-tokens", type=int, metavar="N", help="of a caption (default: the variant's most)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -53,12 +62,12 @@ def run(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is printed; numbers are rounded to what is significant."""
     config = _config(args)
-    weak, merged = PatchSize.parse(args.weak), not args.unmerged
+    weak, terms = PatchSize.parse(args.weak), _terms(args)
     schedule = _schedule(args, config)
-    cost = schedule_cost(config, schedule, guided=not args.unguided, merged=merged)
-    powerful_flops = forward_flops(config, config.patch_size, merged=merged)
-    weak_flops = forward_flops(config, weak, merged=merged)
-    rows = [_forward_row(config, size, merged) for size in sorted({config.patch_size, weak, *schedule.sizes})]
+    cost = schedule_cost(config, schedule, guided=not args.unguided, **terms)
+    powerful_flops = forward_flops(config, config.patch_size, **terms)
+    weak_flops = forward_flops(config, weak, **terms)
+    rows = [_forward_row(config, size, terms) for size in sorted({config.patch_size, weak, *schedule.sizes})]
     return {
         "model": args.model,
         "input_size": list(config.input_size),
@@ -66,6 +75,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         "weak_gflops": round(weak_flops / 1e9, 2),
         "weak_relative": round(weak_flops / powerful_flops, 4),
         "forward": rows,
+        **_caption_entries(config, args.captions),
         "schedule": str(schedule),
         "steps": len(schedule),
         "guided": not args.unguided,
@@ -75,9 +85,22 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _forward_row(config: DiTConfig, size: PatchSize, merged: bool) -> dict[str, Any]:
-    flops = forward_flops(config, size, merged=merged)
-    base = forward_flops(config, config.patch_size, merged=merged)
+def _terms(args: argparse.Namespace) -> dict[str, Any]:
+    """What all prices have in common."""
+    return {"merged": not args.unmerged, "captions": _WAYS[args.captions]}
+
+
+def _caption_entries(config: TransformerConfig, way: str) -> dict[str, Any]:
+    """Where captions are counted; nothing for models of labels."""
+    if not isinstance(config, TextDiTConfig):
+        return {}
+    gflops = round(caption_flops(config) / 1e9, 2)
+    return {"captions": _WAYS[way], "caption_tokens": config.caption_length, "caption_gflops": gflops}
+
+
+def _forward_row(config: TransformerConfig, size: PatchSize, terms: dict[str, Any]) -> dict[str, Any]:
+    flops = forward_flops(config, size, **terms)
+    base = forward_flops(config, config.patch_size, **terms)
     return {
         "patch_size": size.name,
         "tokens": size.num_tokens(config.input_size),
@@ -87,9 +110,9 @@ def _forward_row(config: DiTConfig, size: PatchSize, merged: bool) -> dict[str, 
     }
 
 
-def _config(args: argparse.Namespace) -> DiTConfig:
+def _config(args: argparse.Namespace) -> TransformerConfig:
     overrides = {} if args.input_size is None else {"input_size": _latent_size(args.input_size)}
-    config = variant_config(args.model, **overrides)
+    config: TransformerConfig = _with_captions(args, variant_config(args.model, **overrides))
     if args.recipe == "shared":
         if args.unmerged:
             raise ValueError("--unmerged prices adapters, which the shared recipe has none of; add --recipe lora")
@@ -97,6 +120,19 @@ def _config(args: argparse.Namespace) -> DiTConfig:
     if args.rank < 1:
         raise ValueError(f"--rank {args.rank} must be at least 1")
     return replace(config, flex=FlexConfig("lora", (PatchSize.parse(args.weak),), rank=args.rank))
+
+
+def _with_captions(args: argparse.Namespace, config: TransformerConfig) -> TransformerConfig:
+    """Captions as long as they were said to be."""
+    if not isinstance(config, TextDiTConfig):
+        if args.captions != "every-step" or args.caption_tokens is not None:
+            raise ValueError(f"{args.model} takes labels; --captions and --caption-tokens are for models of text")
+        return config
+    if args.caption_tokens is None:
+        return config
+    if args.caption_tokens < 1:
+        raise ValueError(f"--caption-tokens {args.caption_tokens} must be at least 1")
+    return replace(config, caption_length=args.caption_tokens)
 
 
 def _latent_size(text: str) -> tuple[int, int]:
@@ -108,7 +144,7 @@ def _latent_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def _schedule(args: argparse.Namespace, config: DiTConfig) -> PatchSchedule:
+def _schedule(args: argparse.Namespace, config: TransformerConfig) -> PatchSchedule:
     if args.guide_powerful_steps is not None and args.powerful_steps is None:
         raise ValueError("--guide-powerful-steps needs --powerful-steps")
     num_steps = 250 if args.steps is None else args.steps
@@ -118,7 +154,7 @@ def _schedule(args: argparse.Namespace, config: DiTConfig) -> PatchSchedule:
             raise ValueError(f"--schedule has {len(schedule)} steps and --steps says {args.steps}; leave --steps out")
         return schedule
     if args.budget is not None:
-        return schedule_for_budget(config, args.budget, num_steps, weak=args.weak, merged=not args.unmerged)
+        return schedule_for_budget(config, args.budget, num_steps, weak=args.weak, **_terms(args))
     return PatchSchedule.weak_first(
         num_steps=num_steps,
         powerful_steps=num_steps if args.powerful_steps is None else args.powerful_steps,
@@ -146,6 +182,8 @@ def _print_tables(report: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(forward)
+    if "captions" in report:
+        console.print(_caption_sentence(report), highlight=False, soft_wrap=True)
     guidance = "with guidance" if report["guided"] else "without guidance"
     console.print(f"schedule {report['schedule']} ({report['steps']} steps, {guidance})", highlight=False)
     console.print(
@@ -153,3 +191,9 @@ def _print_tables(report: dict[str, Any]) -> None:
         f"{report['powerful_total_tflops']:.3f} of powerful steps only",
         highlight=False,
     )
+
+
+def _caption_sentence(report: dict[str, Any]) -> str:
+    counted = {"every_step": "in every forward pass, as in the paper", "once": "once for each branch, as it is run"}
+    captions = f"captions of {report['caption_tokens']} tokens ({report['caption_gflops']:.2f} GFLOPs)"
+    return f"{captions} counted {counted[report['captions']]}"

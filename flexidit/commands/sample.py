@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flexidit import __version__, flops
+from flexidit.commands.sample_conditions import Asked, Told, add_condition_arguments, read_asked, tell
 from flexidit.commands.sampling_setup import (
     Codec,
     LoadedModel,
@@ -39,7 +40,9 @@ from flexidit.sampling.sampler import Sampler
 from flexidit.sampling.schedule import PatchSchedule
 
 HELP = "pictures from a checkpoint under a schedule, or at one or more budgets, with what they cost"
-EXAMPLE = "flexidit sample student.safetensors --classes 207,360 --budget 1.0,0.6 --vae sd-vae-ft-ema --out pictures"
+EXAMPLE = """flexidit sample student.safetensors --classes 207,360 --budget 1.0,0.6 --vae sd-vae-ft-ema --out pictures
+  flexidit sample last.ckpt --base pixart --prompts "a red fox in snow;a harbour at dawn" --text-encoder pixart \\
+    --vae pixart/vae --merge --solver dpm++ --steps 20 --cfg-scale 4.5 --budget 1.0,0.6 --out pictures"""
 
 MAX_BATCH = 32
 """Samples in one forward pass if nobody says otherwise."""
@@ -64,8 +67,11 @@ class Result:
     schedule: str
     num_steps: int
     relative_flops: float
-    """FLOPs of what ran, relative to the base patch size at each of these steps."""
+    """FLOPs of what ran, relative to the base patch size at each of these steps; captions counted at every step, as the
+    paper does."""
     gflops_per_image: float
+    captions_once: dict[str, float] | None
+    """Both numbers with captions counted once, as they ran; None for models of classes."""
     seconds_per_image: float
     """Sampling without decoding; depends on batch size and device."""
     images_per_second: float
@@ -76,8 +82,7 @@ class Result:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_model_arguments(parser)
-    parser.add_argument("--classes", required=True, metavar="LIST", help="class indices: 207,360 or 0-9")
-    parser.add_argument("--num-per-class", type=int, default=4, metavar="N", help="default: %(default)s")
+    add_condition_arguments(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--schedule", metavar="STAGES", help="patch size:steps in sampling order, such as 4:180,2:70")
     which.add_argument("--budget", metavar="LIST", help="relative FLOPs, such as 0.6 or 1.0,0.6,0.46 (default: 1.0)")
@@ -107,31 +112,21 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError, ValueError: in one sentence, on input that cannot be used.
     """
     loaded = load_model(args)
-    y = _labels(args, loaded.model.num_classes)
-    batch_size = _batch_size(args, len(y))
+    asked = read_asked(args, loaded)
+    batch_size = _batch_size(args, asked.num_samples)
     plans = _plans(args, loaded)
     samplers = [_sampler(args, loaded, plan.schedule) for plan in plans]  # refuses what cannot run before anything runs
     codec = pick_codec(loaded.model, args.vae, loaded.device)
     if not args.latents:
         need_codec(codec, loaded.model, ", or --latents to save them as they are")
+    told = tell(args, loaded, asked)
     args.out.mkdir(parents=True, exist_ok=True)
-    report = _report(args, loaded, samplers[0], codec)
-    results = _sample_all(args, loaded, y, plans, samplers, codec, batch_size)
+    report = _report(args, loaded, samplers[0], codec) | told.record
+    results = _sample_all(args, loaded, asked, told, plans, samplers, codec, batch_size)
     report["runs"] = [asdict(result) for result in results]
     write_atomically(args.out / "samples.json", (json.dumps(report, indent=2) + "\n").encode())
     print(json.dumps(report, indent=2) if args.json else _describe(report, args.out))
     return 0
-
-
-def _labels(args: argparse.Namespace, num_classes: int) -> Tensor:
-    """(N,): every class so many times."""
-    classes = parse_numbers(args.classes, int, "--classes")
-    for label in classes:
-        if not 0 <= label < num_classes:
-            raise ValueError(f"class {label} is not one of the model's {num_classes} classes, 0 to {num_classes - 1}")
-    if args.num_per_class < 1:
-        raise ValueError(f"--num-per-class {args.num_per_class} must be at least 1")
-    return torch.tensor(classes).repeat_interleave(args.num_per_class)
 
 
 def _plans(args: argparse.Namespace, loaded: LoadedModel) -> list[Plan]:
@@ -187,30 +182,32 @@ def _guidance(args: argparse.Namespace) -> dict[str, Any]:
 def _sample_all(
     args: argparse.Namespace,
     loaded: LoadedModel,
-    y: Tensor,
+    asked: Asked,
+    told: Told,
     plans: Sequence[Plan],
     samplers: Sequence[Sampler],
     codec: Codec | None,
     batch_size: int,
 ) -> list[Result]:
     """Sample under one plan after the other; pictures are written as soon as they are there, the grid at the end."""
-    warm_up(loaded, [step for plan in plans for step in plan.schedule], batch_size, **_guidance(args))
-    costs = flops.forward_costs(loaded.model, merged=loaded.merged)
+    steps = [step for plan in plans for step in plan.schedule]
+    warm_up(loaded, steps, batch_size, told.y, told.negative, **_guidance(args))
+    costs = flops.forward_costs(loaded.model, merged=loaded.merged, captions="once")
     per_step = [[step_flops(step, costs, s.is_guided) for step in s.schedule] for s in samplers]
-    total = sum(map(sum, per_step)) * -(-len(y) // batch_size)
+    total = sum(map(sum, per_step)) * -(-asked.num_samples // batch_size)
     results, rows = [], []
     with progress_bar("sampling", total, enabled=not args.json) as advance:
         for plan, sampler, step_costs in zip(plans, samplers, per_step, strict=True):
             began = now(loaded.device)
-            latents = _draw(sampler, y, args.seed, batch_size, step_costs, advance)
+            latents = _draw(sampler, told, args.seed, batch_size, step_costs, advance)
             seconds = now(loaded.device) - began
             pixels, decoding = _decoded(codec, latents, loaded.device)
-            files = _write(args, plan, y, latents, pixels)
-            cost = _cost_per_image(loaded, sampler, len(y), batch_size)
-            results.append(_result(plan, cost, len(y), seconds, decoding, files))
+            files = _write(args, plan, asked, latents, pixels)
+            costs_ran = _costs_per_image(loaded, sampler, asked.num_samples, batch_size)
+            results.append(_result(plan, costs_ran, asked, seconds, decoding, files))
             rows.append(pixels)
     if codec is not None:
-        _write_grid(args.out / "grid.png", [pixels for pixels in rows if pixels is not None], y, results)
+        _write_grid(args.out / "grid.png", [pixels for pixels in rows if pixels is not None], asked, results)
     return results
 
 
@@ -224,7 +221,7 @@ def _batch_size(args: argparse.Namespace, num_samples: int) -> int:
 
 def _draw(
     sampler: Sampler,
-    y: Tensor,
+    told: Told,
     seed: int,
     batch_size: int,
     step_costs: Sequence[int],
@@ -232,7 +229,8 @@ def _draw(
 ) -> Tensor:
     """(N, Z, h, w) of finite values."""
     latents = sampler(
-        y,
+        told.y,
+        negative=told.negative,
         generator=torch.Generator().manual_seed(seed),
         batch_size=batch_size,
         on_step=lambda step, x: advance(step_costs[step]),
@@ -251,19 +249,18 @@ def _decoded(codec: Codec | None, latents: Tensor, device: torch.device) -> tupl
     return pixels, now(device) - began
 
 
-def _write(args: argparse.Namespace, plan: Plan, y: Tensor, latents: Tensor, pixels: Tensor | None) -> list[str]:
+def _write(args: argparse.Namespace, plan: Plan, asked: Asked, latents: Tensor, pixels: Tensor | None) -> list[str]:
     """Write the samples of one plan; returns the names of the files."""
     files = []
     if args.latents:
         from safetensors.torch import save
 
         files.append(f"{plan.prefix}latents.safetensors")
-        content = save({"latents": latents.cpu().contiguous(), "classes": y})
-        write_atomically(args.out / files[-1], content)
+        tensors = {"latents": latents.cpu().contiguous(), "prompts" if asked.is_text else "classes": asked.indices()}
+        write_atomically(args.out / files[-1], save(tensors))
     if pixels is not None:
-        width = len(str(args.num_per_class - 1))
-        for index, (label, image) in enumerate(zip(y.tolist(), pixels, strict=True)):
-            files.append(f"{plan.prefix}class-{label}_{index % args.num_per_class:0{width}d}.png")
+        for stem, image in zip(asked.stems(), pixels, strict=True):
+            files.append(f"{plan.prefix}{stem}.png")
             write_atomically(args.out / files[-1], _png(to_image(image)))
     return files
 
@@ -274,23 +271,37 @@ def _png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _cost_per_image(loaded: LoadedModel, sampler: Sampler, num_samples: int, batch_size: int) -> flops.ScheduleCost:
-    """What ran, divided by the images that ran, those that filled up the last batch included."""
-    cost = flops.trace_cost(loaded.model, sampler.trace, merged=loaded.merged)
+def _costs_per_image(
+    loaded: LoadedModel, sampler: Sampler, num_samples: int, batch_size: int
+) -> dict[flops.CaptionWork, flops.ScheduleCost]:
+    """What ran, divided by the images that ran, those that filled up the last batch included; in each way to count."""
     num_ran = -(-num_samples // batch_size) * batch_size
-    by_size = {size: total // num_ran for size, total in cost.by_size.items()}
-    return flops.ScheduleCost(by_size, cost.powerful_total // num_ran)
+    ways: tuple[flops.CaptionWork, ...] = ("every_step", "once")
+    return {
+        way: _share(flops.trace_cost(loaded.model, sampler.trace, None, loaded.merged, way), num_ran) for way in ways
+    }
+
+
+def _share(cost: flops.ScheduleCost, count: int) -> flops.ScheduleCost:
+    by_size = {size: total // count for size, total in cost.by_size.items()}
+    return flops.ScheduleCost(by_size, cost.powerful_total // count, cost.captions // count)
 
 
 def _result(
-    plan: Plan, cost: flops.ScheduleCost, num_samples: int, seconds: float, decoding: float | None, files: list[str]
+    plan: Plan,
+    costs: dict[flops.CaptionWork, flops.ScheduleCost],
+    asked: Asked,
+    seconds: float,
+    decoding: float | None,
+    files: list[str],
 ) -> Result:
+    num_samples = asked.num_samples
     return Result(
         budget=plan.budget,
         schedule=str(plan.schedule),
         num_steps=len(plan.schedule),
-        relative_flops=round(cost.relative, 4),
-        gflops_per_image=round(cost.total / 1e9, 3),
+        **_cost_entries(costs["every_step"]),
+        captions_once=_cost_entries(costs["once"]) if asked.is_text else None,
         seconds_per_image=seconds / num_samples,
         images_per_second=num_samples / seconds,
         decoding_seconds_per_image=None if decoding is None else decoding / num_samples,
@@ -298,18 +309,27 @@ def _result(
     )
 
 
-def _write_grid(path: Path, pictures: Sequence[Tensor], y: Tensor, results: Sequence[Result]) -> None:
-    """One row per class, or one row per budget where there are several."""
-    labels = y.unique_consecutive().tolist()
-    if len(results) > 1:
-        notes = [f"{result.seconds_per_image:.3g} s an image" for result in results]
-        names = [f"{result.relative_flops:.1%} FLOPs" for result in results]
-        rows = [GridRow(*row) for row in zip(pictures, names, notes, strict=True)]
-        picture = draw_grid(rows, "the same noise at each budget", [f"class {label}" for label in y.tolist()])
-    else:
-        images = pictures[0].chunk(len(labels))
-        rows = [GridRow(row, f"class {label}") for row, label in zip(images, labels, strict=True)]
+def _cost_entries(cost: flops.ScheduleCost) -> dict[str, float]:
+    return {"relative_flops": round(cost.relative, 4), "gflops_per_image": round(cost.total / 1e9, 3)}
+
+
+def _write_grid(path: Path, pictures: Sequence[Tensor], asked: Asked, results: Sequence[Result]) -> None:
+    """A row for each class or prompt; of several budgets one for each, or, as prompts are long, a column."""
+    title = "the same noise at each budget"
+    if len(results) == 1:
+        images = pictures[0].chunk(len(asked.names))
+        rows = [GridRow(row, *label) for row, label in zip(images, asked.labels(), strict=True)]
         picture = draw_grid(rows, _headline(results[0]))
+    elif asked.is_text:
+        labels = [label for label in asked.labels() for _ in range(asked.num_each)]
+        beside = torch.stack(list(pictures), dim=1)  # (N, budgets, C, H, W)
+        rows = [GridRow(row, *label) for row, label in zip(beside, labels, strict=True)]
+        picture = draw_grid(rows, title, [f"{result.relative_flops:.0%}" for result in results])
+    else:
+        names = [f"{result.relative_flops:.1%} FLOPs" for result in results]
+        notes = [f"{result.seconds_per_image:.3g} s an image" for result in results]
+        rows = [GridRow(*row) for row in zip(pictures, names, notes, strict=True)]
+        picture = draw_grid(rows, title, [f"class {label}" for label in asked.indices().tolist()])
     write_atomically(path, _png(picture))
 
 
@@ -323,6 +343,7 @@ def _report(args: argparse.Namespace, loaded: LoadedModel, sampler: Sampler, cod
     return {
         "arguments": arguments,
         "model": loaded.name,
+        "merged": loaded.merged,
         "codec": None if codec is None else codec.fingerprint,
         "cfg_scale": sampler.cfg_scale,
         "weak_guidance_scale": sampler.weak_guidance_scale,
@@ -336,8 +357,10 @@ def _describe(report: dict[str, Any], out: Path) -> str:
     """What a person wants to know, one line a schedule."""
     lines = [f"{report['model']} on {report['device']}, {report['precision']}"]
     for entry in report["runs"]:
+        once = entry["captions_once"]
+        as_ran = "" if once is None else f" ({once['gflops_per_image']:,.2f} as it ran, captions computed once)"
         lines.append(
-            f"{entry['relative_flops']:.1%} of the FLOPs: {entry['gflops_per_image']:,.2f} GFLOPs and "
+            f"{entry['relative_flops']:.1%} of the FLOPs: {entry['gflops_per_image']:,.2f} GFLOPs{as_ran} and "
             f"{entry['seconds_per_image']:.3g} s an image, {entry['images_per_second']:.3g} images/s; "
             f"{entry['schedule']}"
         )

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,17 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flexidit.config import config_to_dict
+from flexidit.conditions import Captions
+from flexidit.config import TextDiTConfig, config_to_dict
 from flexidit.latents import LatentCodec, PixelCodec
 from flexidit.patch_size import PatchSize
 from flexidit.sampling.sampler import Sampler
 from flexidit.sampling.schedule import PatchSchedule, ScheduleStep
 
 if TYPE_CHECKING:
-    from flexidit.models.dit import DiT
+    from flexidit.models import FlexiTransformer
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,7 +37,7 @@ class LoadedModel:
     """A model on its device, and how it will run."""
 
     model: Any
-    """A :class:`DiT`, or a ``MergedModel`` of one."""
+    """A ``FlexiTransformer``, or a ``MergedModel`` of one."""
     name: str
     """File name and digest of the weights: what identifies the model in records."""
     device: torch.device
@@ -45,6 +46,8 @@ class LoadedModel:
     merged: bool
     """Whether adapters are merged, where they cost nothing."""
     is_compiled: bool
+    text: Mapping[str, Any] | None = None
+    """Fingerprint of the text encoder that it was trained with, where the checkpoint says so."""
 
     @property
     def precision(self) -> str:
@@ -60,6 +63,9 @@ class LoadedModel:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what says which model runs, and how."""
     parser.add_argument("checkpoint", help="flexidit, official or diffusers weights, a training .ckpt, or a hub id")
+    parser.add_argument(
+        "--base", metavar="PATH", help="weights that adapters stand on (default: where training had it)"
+    )
     parser.add_argument("--no-ema", action="store_true", help="not the averaged weights where a checkpoint has both")
     parser.add_argument("--num-heads", type=int, metavar="N", help="of official weights of no published width")
     parser.add_argument("--vae", help="folder or hub id of the VAE that decodes; not needed for models of pixels")
@@ -76,7 +82,9 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         FileNotFoundError, ValueError: in one sentence, on input that cannot be used.
     """
     device = pick_device(args.device)
-    loaded = read_checkpoint(args.checkpoint, prefer_ema=not args.no_ema, num_heads=args.num_heads)
+    from flexidit.checkpoint import recorded_text  # brings timm, which --help need not wait for
+
+    loaded = read_checkpoint(args.checkpoint, prefer_ema=not args.no_ema, num_heads=args.num_heads, base=args.base)
     name = f"{Path(args.checkpoint).name} {weights_digest(loaded)}"
     model: nn.Module = loaded.float().requires_grad_(False)
     if args.merge:
@@ -87,10 +95,11 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     if args.compile:
         model.compile(dynamic=False)
     autocast = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    return LoadedModel(model, name, device, autocast, merged=args.merge, is_compiled=args.compile)
+    text = recorded_text(args.checkpoint) if isinstance(loaded.config, TextDiTConfig) else None
+    return LoadedModel(model, name, device, autocast, merged=args.merge, is_compiled=args.compile, text=text)
 
 
-def read_checkpoint(path: str, *, prefer_ema: bool, num_heads: int | None) -> DiT:
+def read_checkpoint(path: str, *, prefer_ema: bool, num_heads: int | None, base: str | None = None) -> FlexiTransformer:
     """:func:`load_checkpoint`, which must agree with a number of heads that was given.
 
     Raises:
@@ -98,13 +107,14 @@ def read_checkpoint(path: str, *, prefer_ema: bool, num_heads: int | None) -> Di
     """
     from flexidit.checkpoint import load_checkpoint  # brings timm, which --help need not wait for
 
-    model = load_checkpoint(path, prefer_ema=prefer_ema, **({} if num_heads is None else {"num_heads": num_heads}))
+    told = {} if num_heads is None else {"num_heads": num_heads}
+    model = load_checkpoint(path, base, prefer_ema=prefer_ema, **told)
     if num_heads not in (None, model.config.num_heads):
         raise ValueError(f"{path} says num_heads={model.config.num_heads}, not {num_heads}; leave --num-heads out")
     return model
 
 
-def weights_digest(model: DiT) -> str:
+def weights_digest(model: FlexiTransformer) -> str:
     """Twelve hexadecimal digits that change with the config and with any weight."""
     digest = hashlib.sha256(json.dumps(config_to_dict(model.config), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -199,20 +209,44 @@ def even_batches(num_samples: int, limit: int) -> int:
     return math.ceil(num_samples / math.ceil(num_samples / limit))
 
 
-def warm_up(loaded: LoadedModel, steps: Iterable[ScheduleStep], batch_size: int, **options: Any) -> None:
+def warm_up(
+    loaded: LoadedModel,
+    steps: Iterable[ScheduleStep],
+    batch_size: int,
+    y: Tensor | Captions | None = None,
+    negative: Tensor | Captions | None = None,
+    **options: Any,
+) -> None:
     """Run each kind of step once where the first run is slower: compilation and CUDA's start must not be timed.
 
     Args:
         loaded: The model.
         steps: The steps that will run; equal ones count once.
         batch_size: Samples in one forward pass.
+        y: What the model is told, of which the first is taken; None: class 0, or a made-up caption of full length.
+        negative: As the sampler takes it, of which the first is taken.
         **options: Guidance, as :class:`Sampler` takes it.
     """
     if not loaded.is_compiled and loaded.device.type == "cpu":
         return
-    schedule = PatchSchedule(tuple(dict.fromkeys(steps)))
-    sampler = Sampler(loaded.model, "ddim", schedule=schedule, autocast=loaded.autocast, **options)
-    sampler(torch.zeros(batch_size, dtype=torch.long), generator=torch.Generator().manual_seed(0))
+    first = torch.zeros(batch_size, dtype=torch.long)
+    if y is None:
+        y, negative = _made_up(loaded.model)
+    sampler = Sampler(
+        loaded.model, "ddim", schedule=PatchSchedule(tuple(dict.fromkeys(steps))), autocast=loaded.autocast, **options
+    )
+    away = None if negative is None else negative[:1]
+    sampler(y[first], negative=away, generator=torch.Generator().manual_seed(0))
+
+
+def _made_up(model: Any) -> tuple[Tensor | Captions, Captions | None]:
+    """A condition that the model can be told, and what to guide away from where it has no null caption."""
+    config = model.config
+    if not isinstance(config, TextDiTConfig):
+        return torch.zeros(1, dtype=torch.long), None
+    shape = (1, config.caption_length)
+    y = Captions(torch.zeros(*shape, config.caption_channels), torch.ones(shape, dtype=torch.bool))
+    return y, None if config.null_caption else y
 
 
 def now(device: torch.device) -> float:

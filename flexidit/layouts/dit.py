@@ -17,13 +17,18 @@ from flexidit.patch_size import PatchSize
 
 StateDict = Mapping[str, Tensor]
 
+CLASS_NAME = "DiTTransformer2DModel"
+FINAL_LINEAR = "proj_out_2"
+"""diffusers' name of what turns tokens into patches."""
+UNTOLD_BY_DIFFUSERS: tuple[str, ...] = ()
+
 _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden_size -> num_heads (Peebles and Xie 2023, table 1)
 
 # ours -> diffusers, outside the blocks
 _OUTER = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
+    "final_layer.linear": FINAL_LINEAR,
 }
 # ours -> diffusers, inside block i; attn.qkv is split there into to_q, to_k and to_v
 _BLOCK = {
@@ -114,6 +119,11 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
         "num_embeds_ada_norm": config.num_classes,
         "norm_eps": config.mlp_norm_eps,
     }
+
+
+def own_unit(config: DiTConfig) -> DiTConfig:
+    """The config as it is: a DiT has no scale of positions, so patches elsewhere than at their index stay so."""
+    return config
 
 
 def to_diffusers(state: StateDict, depth: int) -> dict[str, Tensor]:

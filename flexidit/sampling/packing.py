@@ -29,6 +29,8 @@ from flexidit.token_layout import Packing, Rows, Segment, TokenLayout, split_att
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flexidit.conditions import Condition
+
 PackingName: TypeAlias = Literal["separate", "padded", "rows", "groups", "split"]
 
 
@@ -41,12 +43,12 @@ class PackingDenoiser(Protocol):
         self,
         x: Sequence[Tensor],
         t: Sequence[Tensor],
-        y: Sequence[Tensor],
+        y: Sequence[Condition],
         *,
         patch_size: Sequence[PatchSize],
         packing: Packing,
     ) -> Sequence[Tensor]:
-        """Batch by batch, (N, C, H, W), (N,), (N, ...) -> (N, C or 2C, H, W), each at its own patch size."""
+        """Batch by batch, (N, C, H, W), (N,), N conditions -> (N, C or 2C, H, W), each at its own patch size."""
 
 
 def pad_to_longest(segments: Sequence[Segment]) -> TokenLayout:

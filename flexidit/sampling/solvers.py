@@ -9,6 +9,10 @@ What was read in diffusers 0.42 and is worked around here:
   latents have four. They are given the noise prediction only.
 * One step with "linspace" spacing would be timestep 0: pure noise taken for data. One step starts at the noisiest.
 * Timesteps on the device make every step a synchronisation (index look-ups, ``if t > 0``). They stay on the CPU.
+
+PixArt has DiT's linear noise schedule, 1e-4 to 0.02, and the paper samples from it as PixArt's authors do: "ddpm" with
+100 steps, "dpm++" with 20, "sa" with 25, guidance 4.5 (section 4.2, Figs. 22 to 24). "dpm++" is what diffusers'
+``PixArtAlphaPipeline`` is shipped with: second order, "linspace" spacing.
 """
 
 from __future__ import annotations

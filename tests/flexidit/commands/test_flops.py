@@ -78,9 +78,46 @@ def test_table_says_the_same(capsys):
         assert text in out
 
 
+def test_text_to_image_at_every_step_as_in_the_paper(capsys):
+    line = "--model PixArt-XL/2-256 --steps 100 --powerful-steps 50"
+    out = report(line, capsys)
+    assert (out["powerful_gflops"], out["weak_gflops"], out["relative"]) == (298.11, 87.44, 0.647)
+    assert (out["captions"], out["caption_tokens"], out["caption_gflops"]) == ("every_step", 120, 19.29)
+    assert "captions of 120 tokens (19.29 GFLOPs) counted in every forward pass, as in the paper" in run(line, capsys)
+
+
+def test_text_to_image_with_captions_once(capsys):
+    line = "--model PixArt-XL/2-256 --steps 100 --powerful-steps 50"
+    every, once = report(line, capsys), report(f"{line} --captions once", capsys)
+    assert once["captions"] == "once" and once["relative"] == 0.622 < every["relative"]
+    assert once["powerful_gflops"] == pytest.approx(every["powerful_gflops"] - 19.29, abs=0.02)
+    saved = (2 * 100 - 2) * 19.287e-3
+    assert once["total_tflops"] == pytest.approx(every["total_tflops"] - saved, abs=0.01)
+    assert "counted once for each branch, as it is run" in run(f"{line} --captions once", capsys)
+
+
+def test_budgets_are_met_as_captions_are_counted(capsys):
+    for way in ("every-step", "once"):
+        out = report(f"--model PixArt-XL/2-256 --steps 100 --budget 0.6 --captions {way}", capsys)
+        assert out["relative"] == pytest.approx(0.6, abs=0.004)
+
+
+def test_length_of_captions(capsys):
+    short = report("--model PixArt-XL/2-256 --caption-tokens 20", capsys)
+    assert short["caption_tokens"] == 20 and short["powerful_gflops"] < 298
+
+
+def test_models_of_labels_say_nothing_of_captions(capsys):
+    assert not any("caption" in name for name in report("--model DiT-S/2", capsys))
+    assert "caption" not in run("--model DiT-S/2", capsys)
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
+        ("--captions once", "takes labels"),
+        ("--caption-tokens 20", "takes labels"),
+        ("--model PixArt-XL/2-256 --caption-tokens 0", "at least 1"),
         ("--model DiT-XXL/2", "unknown model 'DiT-XXL/2'"),
         ("--weak four", "not a patch size"),
         ("--weak 2 --powerful-steps 70", "must be larger"),

@@ -8,6 +8,7 @@ import torch
 
 from flexidit import PatchSchedule, create_model, save_checkpoint
 from flexidit.commands import sampling_setup as setup
+from flexidit.conditions import Captions
 from flexidit.latents import PixelCodec
 from flexidit.models.dit import DiT
 
@@ -56,6 +57,18 @@ def test_warming_up_runs_each_kind_of_step_once(model: DiT, monkeypatch: pytest.
         loaded = setup.LoadedModel(model, "", cpu, None, merged=False, is_compiled=is_compiled)
         setup.warm_up(loaded, steps, 3, cfg_scale=2.0)
     assert calls == [6]
+
+
+@pytest.mark.parametrize("null_caption", [True, False])
+def test_warming_up_makes_up_a_caption_or_takes_what_will_run(null_caption: bool) -> None:
+    calls: list[int] = []
+    model = create_model("TextDiT-Tiny/2", input_size=8, null_caption=null_caption)
+    model.register_forward_hook(lambda module, args, output: calls.append(args[2].mask.shape[1]))
+    loaded = setup.LoadedModel(model, "", torch.device("cpu"), None, merged=False, is_compiled=True)
+    setup.warm_up(loaded, PatchSchedule.parse("2:2"), 3, cfg_scale=2.0)
+    y = Captions(torch.randn(2, 5, 64), torch.ones(2, 5, dtype=torch.bool))
+    setup.warm_up(loaded, PatchSchedule.parse("2:2"), 3, y, y, cfg_scale=2.0)
+    assert calls == [16, 5]
 
 
 def test_codecs(model: DiT, tiny_vae: Path) -> None:

@@ -1,8 +1,16 @@
 import pytest
 import torch
 
+from flexidit.conditions import Captions, Condition, join
 from flexidit.patch_size import PatchSize
-from flexidit.sampling.guidance import combine, coupled_weak_scale, predict_pair, scale_of
+from flexidit.sampling.guidance import (
+    BranchConditions,
+    check_negative,
+    combine,
+    coupled_weak_scale,
+    predict_pair,
+    scale_of,
+)
 from flexidit.sampling.schedule import ScheduleStep
 
 WEAK, POWERFUL = PatchSize.parse(4), PatchSize.parse(2)
@@ -29,7 +37,8 @@ class Recorder:
 def run_pair(step: ScheduleStep) -> tuple[Recorder, torch.Tensor, torch.Tensor]:
     recorder = Recorder()
     x, t, y = torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.tensor([3, 5])
-    cond, guiding = predict_pair(recorder, x, t, y, torch.tensor([10, 10]), step)
+    told = BranchConditions.of(y, torch.tensor([10, 10]), lambda y: y)
+    cond, guiding = predict_pair(recorder, x, t, told, step)
     return recorder, cond, guiding
 
 
@@ -80,3 +89,49 @@ def test_combine_leaves_its_inputs_alone(predictions):
     before = cond.clone(), guiding.clone()
     combine(cond, guiding, 4.0, in_channels=4).zero_()
     assert torch.equal(cond, before[0]) and torch.equal(guiding, before[1])
+
+
+def captions(count: int, num_tokens: int = 3, width: int = 4) -> Captions:
+    return Captions(torch.randn(count, num_tokens, width), torch.ones(count, num_tokens, dtype=torch.bool))
+
+
+def test_both_branches_are_prepared_in_one_go_and_the_conditional_one_is_a_view():
+    y, null_y, calls = captions(2), captions(2, num_tokens=5), []
+
+    def prepare(given: Captions) -> Captions:
+        calls.append(len(given))
+        return Captions(2 * given.embeddings, given.mask)
+
+    told = BranchConditions.of(y, null_y, prepare)
+    assert calls == [4] and told.num_prepared == 4
+    assert isinstance(told.cond, Captions) and isinstance(told.both, Captions)
+    assert torch.equal(told.cond.embeddings[:, :3], 2 * y.embeddings)
+    assert told.cond.embeddings.data_ptr() == told.both.embeddings.data_ptr()
+    unguided = BranchConditions.of(y, None, prepare)
+    assert calls == [4, 2] and unguided.both is None and unguided.num_prepared == 2
+
+
+def test_what_is_prepared_belongs_to_the_first_call_of_a_run():
+    told = BranchConditions(captions(2), num_prepared=4)
+    assert [told.prepared_for(*call) for call in ((0, "cond"), (0, "weak"), (1, "cond+uncond"))] == [4, 0, 0]
+    assert BranchConditions.of(captions(2), None, lambda y: y).prepared_for(0, "cond") is None
+
+
+@pytest.mark.parametrize(
+    ("y", "negative", "sentence"),
+    [
+        (torch.tensor([1, 2]), captions(2), "got 2 labels and 2 negative captions"),
+        (captions(2), torch.tensor([1]), "got 2 captions and 1 negative labels"),
+        (captions(3), captions(2), "got 3 captions and 2 negative captions"),
+        (captions(2), captions(1, width=8), "captions of width 4 and negative ones of width 8"),
+    ],
+)
+def test_negative_conditions_that_do_not_fit(y: Condition, negative: Condition, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        check_negative(y, negative)
+
+
+def test_negative_conditions_that_fit():
+    for y, negative in ((captions(3), captions(1)), (captions(3), captions(3, 9)), (torch.ones(2), torch.ones(1))):
+        check_negative(y, negative)
+        assert len(join([y[:1], negative])) == 1 + len(negative)
