@@ -35,7 +35,7 @@ def load_t5(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> nn.Modul
             raise ValueError(f"its weights lack {len(info['missing_keys'])} tensors")
         return model.eval().requires_grad_(False)
 
-    return _open(read, source, "text_encoder", ("config.json",), "T5 text encoder")
+    return open_source(read, source, "text_encoder", ("config.json",), "T5 text encoder")
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -58,10 +58,10 @@ def load_tokenizer(source: str | Path) -> Any:
         return tokenizer
 
     files = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
-    return _open(read, source, "tokenizer", files, "tokenizer")
+    return open_source(read, source, "tokenizer", files, "tokenizer")
 
 
-def _open(read: Callable[..., Any], source: str | Path, part: str, files: Sequence[str], noun: str) -> Any:
+def open_source(read: Callable[..., Any], source: str | Path, part: str, files: Sequence[str], noun: str) -> Any:
     """What ``read`` makes of a folder, or of a hub id, in both of their subfolder ``part`` if it is a pipeline."""
     folder = _local(source, part, files, noun)
     try:

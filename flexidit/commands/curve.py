@@ -1,4 +1,4 @@
-"""``flexidit curve``: quality against FLOPs and against time at several budgets; resumable."""
+"""``flexidit curve``: quality against FLOPs and time at several budgets and guidance scales; resumable."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from flexidit.commands.curve_report import HEADINGS, table_rows, write_report
+from flexidit import flops
+from flexidit.commands.curve_conditions import Asked, add_prompt_arguments, embed, judges_of, read_texts
+from flexidit.commands.curve_report import table_headings, table_rows, write_report
 from flexidit.commands.evaluator import FEATURES, Evaluator, make_evaluator, sample_shape_of
 from flexidit.commands.sampling_setup import (
     Codec,
@@ -26,15 +29,25 @@ from flexidit.commands.sampling_setup import (
     warm_up,
 )
 from flexidit.files import write_atomically
-from flexidit.metrics.curve import Candidate, Evaluation, SamplingSettings, Series, candidates, cost_per_image
+from flexidit.metrics.curve import (
+    Candidate,
+    Evaluation,
+    SamplingSettings,
+    Series,
+    base_patch_size,
+    candidates,
+    cost_per_image,
+)
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.features import FeatureExtractor
+from flexidit.sampling.schedule import PatchSchedule
 
 HELP = "quality against FLOPs and against time at several budgets: csv, json, png, html; an interrupted run continues"
-EXAMPLE = (
-    "flexidit curve student.safetensors --budgets 1.0,0.8,0.6,0.46 --num-samples 10000 "
-    "--reference imagenet/train --vae sd-vae-ft-ema --cfg-scale 1.5 --out curve"
-)
+EXAMPLE = """flexidit curve student.safetensors --budgets 1.0,0.8,0.6,0.46 --cfg-scale 1.5 \\
+      --reference imagenet/train --vae sd-vae-ft-ema --out curve
+  flexidit curve adapters.ckpt --budgets 1.0,0.6 --cfg-scale 1.5,3,4.5,6 --reference coco/val2014 \\
+      --captions captions_val2014.json --text-encoder t5-v1_1-xxl --clip clip-vit-large-patch14 \\
+      --vae sd-vae-ft-ema --out sweep"""
 
 ORDERS: dict[str, Series] = {
     "weak_first": "weak first",
@@ -53,7 +66,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=250, metavar="N", help="denoising steps (default: %(default)s)")
     parser.add_argument("--weak", metavar="SIZE", help="patch size of the cheap steps (default: the largest)")
     parser.add_argument("--solver", default="ddpm", help="ddpm, ddim, dpm++ or sa (default: %(default)s)")
-    parser.add_argument("--cfg-scale", type=float, default=1.5, metavar="X", help="1: none (default: %(default)s)")
+    parser.add_argument(
+        "--cfg-scale",
+        default="1.5",
+        metavar="LIST",
+        help="guidance; 1: none; a point each: 1,1.5,3 (default: %(default)s)",
+    )
     parser.add_argument("--guidance-channels", type=int, metavar="N", help="guide the first N (official DiT: 3)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument(
@@ -63,6 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--features", metavar="NAME", help=f"{', '.join(FEATURES)} (default: inception; digits: digits)"
     )
     parser.add_argument("--feature-weights", type=Path, metavar="FILE", help="of the feature network")
+    add_prompt_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, and to continue in")
     parser.add_argument("--json", action="store_true", help="print what curve.json holds")
 
@@ -72,12 +91,29 @@ class Task:
     """One point to measure."""
 
     candidate: Candidate
+    cfg_scale: float
     seed: int
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> tuple[str, float, int]:
         """What decides the samples: series that meet in one schedule share its point."""
-        return str(self.candidate.schedule), self.seed
+        return str(self.candidate.schedule), self.cfg_scale, self.seed
+
+    def settings(self, shared: SamplingSettings) -> SamplingSettings:
+        """Its own, out of those that all points share."""
+        return replace(shared, cfg_scale=self.cfg_scale, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before the first sample."""
+
+    tasks: list[Task]
+    evaluation: Evaluation
+    header: dict[str, Any]
+    """What ``curve.json`` holds beside the points."""
+    loaded: LoadedModel
+    evaluator: Evaluator
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,16 +122,37 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FileNotFoundError, ValueError: in one sentence, on input that cannot be used.
     """
+    plan = _plan(args)
+    points = _resume(args.out, plan.header["settings"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    _save(args.out, plan.header, points)
+    todo = _missing(plan.tasks, points)
+    _warm_up(plan, todo)
+    for point in _measure(plan.evaluation, todo, points, show=not args.json):
+        points.append(point)
+        _save(args.out, plan.header, points)
+    files = ["curve.csv", "curve.json", *write_report(args.out, plan.header, points)]
+    if args.json:
+        print(json.dumps(_payload(plan.header, points), indent=2))
+    else:
+        print(_describe(plan, points), f"{', '.join(files)}: {args.out}", sep="\n")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    """Everything read and checked: what cannot run is refused here, not after hours."""
     loaded = load_model(args)
-    tasks = _tasks(args, loaded)
-    settings = _sampling_settings(args, loaded)
-    for task in tasks:  # refuses an impossible solver or guidance before anything runs
-        cost_per_image(loaded.model, task.candidate.schedule, settings)
+    tasks, settings = _tasks(args, loaded), _sampling_settings(args, loaded)
+    for task in tasks:  # refuses an impossible solver or guidance
+        cost_per_image(loaded.model, task.candidate.schedule, task.settings(settings))
+    texts = read_texts(args, loaded.model)
     codec = need_codec(pick_codec(loaded.model, args.vae, loaded.device), loaded.model)
     shape = sample_shape_of(loaded.model, codec)
     evaluator = make_evaluator(
         args.features, args.feature_weights, args.reference, shape, loaded.device, args.num_samples
     )
+    judges = [] if texts is None else judges_of(args, evaluator, texts)
+    asked = None if texts is None else embed(args, loaded, texts)
     evaluation = Evaluation(
         model=loaded.model,
         codec=codec,
@@ -103,27 +160,19 @@ def run(args: argparse.Namespace) -> int:
         reference=evaluator.reference,
         settings=settings,
         full_steps=args.steps,
-        classifier=evaluator.classifier,
+        classifier=evaluator.classifier if asked is None else None,
         model_name=loaded.name,
+        conditions=None if asked is None else asked.prompts,
+        judges=judges,
     )
-    record = _record(args, loaded, codec, evaluator)
-    header = {"settings": record, "floor": evaluator.floor}
-    points = _resume(args.out, record)
-    args.out.mkdir(parents=True, exist_ok=True)
-    _save(args.out, header, points)
-    todo = _missing(tasks, points)
-    if todo:
-        _warm_up(args, loaded, todo)
-    for point in _measure(evaluation, todo, points, show=not args.json):
-        points.append(point)
-        _save(args.out, header, points)
-    write_report(args.out, header, points)
-    print(json.dumps(_payload(header, points), indent=2) if args.json else _describe(points, evaluator, args.out))
-    return 0
+    record = _record(args, loaded, codec, evaluation, asked)
+    notes = [] if asked is None else _notes(evaluation, asked)
+    return Plan(tasks, evaluation, {"settings": record, "floor": evaluator.floor, "notes": notes}, loaded, evaluator)
 
 
 def _tasks(args: argparse.Namespace, loaded: LoadedModel) -> list[Task]:
-    """Every seed of every budget of every order, one whole curve after the other."""
+    """Every seed of every guidance scale of every budget of every order, one whole curve after the other."""
+    scales = parse_numbers(args.cfg_scale, float, "--cfg-scale")
     budgets = parse_numbers(args.budgets, float, "--budgets")
     seeds = parse_numbers(args.seeds, int, "--seeds")
     names = args.order.split(",")
@@ -135,7 +184,7 @@ def _tasks(args: argparse.Namespace, loaded: LoadedModel) -> list[Task]:
         for name in names
         for candidate in candidates(loaded.model, budgets, args.steps, ORDERS[name], args.weak, loaded.merged)
     ]
-    return [Task(candidate, seed) for seed in seeds for candidate in found]
+    return [Task(candidate, scale, seed) for seed in seeds for scale in scales for candidate in found]
 
 
 def _sampling_settings(args: argparse.Namespace, loaded: LoadedModel) -> SamplingSettings:
@@ -148,33 +197,49 @@ def _sampling_settings(args: argparse.Namespace, loaded: LoadedModel) -> Samplin
         num_samples=args.num_samples,
         batch_size=args.batch_size,
         solver=args.solver,
-        cfg_scale=args.cfg_scale,
         guidance_channels=args.guidance_channels,
         merged=loaded.merged,
         autocast=loaded.autocast,
     )
 
 
-def _record(args: argparse.Namespace, loaded: LoadedModel, codec: Codec, evaluator: Evaluator) -> dict[str, Any]:
+def _record(
+    args: argparse.Namespace, loaded: LoadedModel, codec: Codec, evaluation: Evaluation, asked: Asked | None
+) -> dict[str, Any]:
     """What all points of one curve share; a run continues only where all of it is the same."""
     return {
         "model": loaded.name,
         "num_samples": args.num_samples,
         "steps": args.steps,
         "solver": args.solver,
-        "cfg_scale": args.cfg_scale,
         "guidance_channels": args.guidance_channels,
         "weak": args.weak,
-        "reference": evaluator.reference.description,
-        "evaluator": evaluator.features.name,
-        "fingerprint": evaluator.features.fingerprint,
+        "reference": evaluation.reference.description,
+        "evaluator": evaluation.features.name,
+        "fingerprint": evaluation.features.fingerprint,
         "codec": codec.fingerprint,
         "device": loaded.device_name,
         "precision": loaded.precision,
         "batch_size": args.batch_size,
         "merged": loaded.merged,
         "compiled": loaded.is_compiled,
+        "prompts": None if asked is None else asked.prompts.description,
+        "text_encoder": None if asked is None else asked.encoder,
+        "judges": None if asked is None else [judge.description for judge in evaluation.judges],
     }
+
+
+def _notes(evaluation: Evaluation, asked: Asked) -> list[str]:
+    """What a reader of a curve of captions must know about its numbers."""
+    model, merged = evaluation.model, evaluation.settings.merged
+    full = PatchSchedule.constant(base_patch_size(model), evaluation.full_steps)
+    costs = [flops.schedule_cost(model, full, merged=merged, captions=work).total for work in ("every_step", "once")]
+    text = (
+        "FLOPs count the work on captions (projection, keys and values of cross-attention) at every step, as the paper "
+        "does; neither text encoder nor decoder. The sampler does that work once for a run, which the seconds show: "
+        f"counted so, the full budget is {1 - costs[1] / costs[0]:.1%} cheaper."
+    )
+    return [text, *filter(None, [asked.note])]
 
 
 def _resume(out: Path, record: Mapping[str, Any]) -> list[CurvePoint]:
@@ -187,9 +252,10 @@ def _resume(out: Path, record: Mapping[str, Any]) -> list[CurvePoint]:
     if not file.is_file():
         return []
     try:
-        old = json.loads(file.read_text())["settings"]
+        old = dict(json.loads(file.read_text())["settings"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is not a curve of this command; move it away, or give another --out") from None
+    old.pop("cfg_scale", None)  # a property of each point, which earlier versions had here
     for name in {**record, **old}:
         if old.get(name) != record.get(name):
             raise ValueError(
@@ -200,21 +266,34 @@ def _resume(out: Path, record: Mapping[str, Any]) -> list[CurvePoint]:
 
 
 def _missing(tasks: Sequence[Task], points: Sequence[CurvePoint]) -> list[Task]:
-    present = {(point.series, point.budget, point.schedule, point.seed) for point in points}
+    present = {(point.series, point.budget, *_key(point)) for point in points}
     return [task for task in tasks if (task.candidate.series, task.candidate.budget, *task.key) not in present]
 
 
-def _warm_up(args: argparse.Namespace, loaded: LoadedModel, todo: Sequence[Task]) -> None:
-    steps = [step for task in todo for step in task.candidate.schedule]
-    batch_size = even_batches(args.num_samples, args.batch_size)
-    warm_up(loaded, steps, batch_size, cfg_scale=args.cfg_scale, guidance_channels=args.guidance_channels)
+def _key(point: CurvePoint) -> tuple[str, float, int]:
+    """That of the task that it is the result of."""
+    return point.schedule, point.cfg_scale, point.seed
+
+
+def _warm_up(plan: Plan, todo: Sequence[Task]) -> None:
+    """Guided and unguided steps are batches of different sizes."""
+    settings = plan.evaluation.settings
+    prompts = plan.evaluation.conditions
+    batch_size = even_batches(settings.num_samples, settings.batch_size)
+    for is_guided in {task.cfg_scale != 1 for task in todo}:
+        tasks = [task for task in todo if (task.cfg_scale != 1) == is_guided]
+        steps = [step for task in tasks for step in task.candidate.schedule]
+        options: dict[str, Any] = {"cfg_scale": tasks[0].cfg_scale, "guidance_channels": settings.guidance_channels}
+        if prompts is not None:
+            options |= {"y": prompts.told(torch.arange(1)), "negative": prompts.negative}
+        warm_up(plan.loaded, steps, batch_size, **options)
 
 
 def _measure(
     evaluation: Evaluation, todo: Sequence[Task], done: Sequence[CurvePoint], show: bool
 ) -> Iterator[CurvePoint]:
-    """The missing points, each as soon as it is known; one schedule and seed is sampled once for all its series."""
-    known = {(point.schedule, point.seed): point for point in done}
+    """The missing points, each as soon as it is known; what is sampled alike is sampled once for all its series."""
+    known = {_key(point): point for point in done}
     total = sum(_cost(evaluation, task) for task in {task.key: task for task in todo if task.key not in known}.values())
     with progress_bar("measuring", total, enabled=show) as advance:
         for task in todo:
@@ -225,16 +304,15 @@ def _measure(
 
 
 def _measure_one(evaluation: Evaluation, task: Task, advance: Callable[[float], None]) -> CurvePoint:
-    settings, num_samples = replace(evaluation.settings, seed=task.seed), evaluation.settings.num_samples
-    cost = _cost(evaluation, task)
+    cost, num_samples = _cost(evaluation, task), evaluation.settings.num_samples
     features = CountedFeatures(evaluation.features, lambda count: advance(cost * count / num_samples))
-    return replace(evaluation, settings=settings, features=features).measure(task.candidate)
+    return replace(evaluation, settings=task.settings(evaluation.settings), features=features).measure(task.candidate)
 
 
 def _cost(evaluation: Evaluation, task: Task) -> float:
     """FLOPs of all samples of a point."""
-    per_image = cost_per_image(evaluation.model, task.candidate.schedule, evaluation.settings)
-    return per_image * evaluation.settings.num_samples
+    settings = task.settings(evaluation.settings)
+    return cost_per_image(evaluation.model, task.candidate.schedule, settings) * settings.num_samples
 
 
 class CountedFeatures:
@@ -261,13 +339,15 @@ def _save(out: Path, header: Mapping[str, Any], points: Sequence[CurvePoint]) ->
     write_atomically(out / "curve.json", (json.dumps(_payload(header, points), indent=2) + "\n").encode())
 
 
-def _describe(points: Sequence[CurvePoint], evaluator: Evaluator, out: Path) -> str:
-    rows = [HEADINGS, *table_rows(points)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+def _describe(plan: Plan, points: Sequence[CurvePoint]) -> str:
+    evaluator = plan.evaluator
+    rows = [table_headings(points), *table_rows(points)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.append(f"{evaluator.features.name}; reference: {evaluator.reference.description}")
     if evaluator.floor is not None:
         lines.append(f"real images against the reference: {evaluator.floor:.3f}")
     if evaluator.skips:
         lines.append(evaluator.skips.summary("reference image"))
-    return "\n".join([*lines, f"curve.csv, curve.json, curve.png, latency.png, curve.html: {out}"])
+    asked = [part for part in (points[0].conditions, points[0].judges) if part]
+    return "\n".join([*lines, *(["; ".join(asked)] if asked else []), *plan.header["notes"]])

@@ -1,92 +1,114 @@
-"""The pages of ``flexidit curve``: its figures against FLOPs and against time, its table, one self-contained file."""
+"""The pages of ``flexidit curve``: figures against FLOPs, time and guidance, a table, one self-contained file."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flexidit import report
 from flexidit.files import write_atomically
 from flexidit.metrics.curve_points import CurvePoint
-from flexidit.plots import curve_figure
+from flexidit.plots import curve_figure, guidance_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HEADINGS = (
-    "series",
-    "budget",
-    "FLOPs",
-    "GFLOPs an image",
-    "seconds an image",
-    "Frechet distance",
-    "accuracy",
-    "seeds",
+
+class _Column(NamedTuple):
+    """A column of the table."""
+
+    heading: str
+    cell: Callable[[Sequence[CurvePoint]], str]
+    """Of a row: points that differ in their seed only."""
+    is_shown: Callable[[Sequence[CurvePoint]], bool] = bool
+    """Whether a table of these points has the column."""
+
+
+def _mean(field: str, spelling: str) -> Callable[[Sequence[CurvePoint]], str]:
+    def cell(row: Sequence[CurvePoint]) -> str:
+        values = [getattr(point, field) for point in row if getattr(point, field) is not None]
+        return format(fmean(values), spelling) if values else "-"
+
+    return cell
+
+
+def _frechet(row: Sequence[CurvePoint]) -> str:
+    values = [point.frechet for point in row]
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(row) > 1 else ""
+    return f"{fmean(values):.3f}{spread}"
+
+
+def _has(field: str) -> Callable[[Sequence[CurvePoint]], bool]:
+    return lambda points: any(getattr(point, field) is not None for point in points)
+
+
+def is_sweep(points: Sequence[CurvePoint]) -> bool:
+    """Whether several guidance scales were measured."""
+    return len({point.cfg_scale for point in points}) > 1
+
+
+_COLUMNS = (
+    _Column("series", lambda row: row[0].series),
+    _Column("budget", lambda row: f"{row[0].budget:g}"),
+    _Column("guidance", lambda row: f"{row[0].cfg_scale:g}", is_sweep),
+    _Column("FLOPs", lambda row: f"{row[0].relative_flops:.1%}"),
+    _Column("GFLOPs an image", lambda row: f"{row[0].flops_per_image / 1e9:,.2f}"),
+    _Column("seconds an image", _mean("seconds_per_image", ".3g")),
+    _Column("Frechet distance", _frechet),
+    _Column("accuracy", _mean("accuracy", ".1%"), _has("accuracy")),
+    _Column("agreement", _mean("agreement", ".1%"), _has("agreement")),
+    _Column("CLIP score", _mean("clip_score", ".2f"), _has("clip_score")),
+    _Column("seeds", lambda row: str(len(row))),
 )
 
 
+def table_headings(points: Sequence[CurvePoint]) -> tuple[str, ...]:
+    """Of the columns that these points need: those in which nothing is known, or all guidance is one, are left out."""
+    return tuple(column.heading for column in _shown(points))
+
+
 def table_rows(points: Sequence[CurvePoint]) -> Iterator[tuple[str, ...]]:
-    """Cells of the table, one row per series and budget, the mean and the range over seeds."""
-    for (series, budget), group in _by_schedule(points).items():
-        distances = [point.frechet for point in group]
-        spread = f" ({min(distances):.3f} to {max(distances):.3f})" if len(group) > 1 else ""
-        accuracies = [point.accuracy for point in group if point.accuracy is not None]
-        yield (
-            series,
-            f"{budget:g}",
-            f"{group[0].relative_flops:.1%}",
-            f"{group[0].flops_per_image / 1e9:,.2f}",
-            f"{fmean(point.seconds_per_image for point in group):.3g}",
-            f"{fmean(distances):.3f}{spread}",
-            f"{fmean(accuracies):.1%}" if accuracies else "-",
-            str(len(group)),
-        )
+    """Cells of the table, one row per series, budget and guidance: the mean and the range over seeds."""
+    columns = _shown(points)
+    rows: dict[Any, list[CurvePoint]] = defaultdict(list)
+    for point in points:
+        rows[point.series, point.budget, point.cfg_scale].append(point)
+    for row in rows.values():
+        yield tuple(column.cell(row) for column in columns)
 
 
-def write_report(out: Path, header: Mapping[str, Any], points: Sequence[CurvePoint]) -> None:
-    """``curve.png`` against FLOPs, ``latency.png`` against time, and both with all numbers in ``curve.html``.
+def _shown(points: Sequence[CurvePoint]) -> list[_Column]:
+    return [column for column in _COLUMNS if column.is_shown(points)]
+
+
+def write_report(out: Path, header: Mapping[str, Any], points: Sequence[CurvePoint]) -> list[str]:
+    """Figures, and all of them with all numbers in ``curve.html``; returns the names of the files.
+
+    ``curve.png`` is quality against FLOPs, ``latency.png`` against time, and, where several guidance scales were
+    measured, ``guidance.png`` what guidance trades at each budget.
 
     Args:
         out: Folder.
-        header: ``settings`` of the curve, and ``floor``, the Frechet distance of real images, or None.
+        header: ``settings`` of the curve; ``floor``, the Frechet distance of real images, or None; ``notes``, sentences
+            about the numbers.
         points: At least one.
     """
     pictures = {
-        "curve.png": _png(curve_figure(points, floor=header["floor"])),
-        "latency.png": _png(_timed(points, header)),
+        "curve.png": curve_figure(points, floor=header["floor"]),
+        "latency.png": curve_figure(points, floor=header["floor"], against="time"),
     }
-    for name, content in pictures.items():
+    if is_sweep(points):
+        pictures["guidance.png"] = guidance_figure(points)
+    contents = {name: _png(figure) for name, figure in pictures.items()}
+    for name, content in contents.items():
         write_atomically(out / name, content)
-    report.write_page(out / "curve.html", "Quality against compute", _parts(header, points, list(pictures.values())))
-
-
-def _timed(points: Sequence[CurvePoint], header: Mapping[str, Any]) -> Figure:
-    """The same figure against seconds, the mean over seeds, as one machine measured them."""
-    seconds = {key: fmean(point.seconds_per_image for point in group) for key, group in _by_schedule(points).items()}
-    moved = [replace(point, relative_flops=seconds[_key(point)]) for point in points]
-    figure = curve_figure(moved, "Quality against time", header["floor"])
-    axes, settings = figure.axes[0], header["settings"]
-    axes.set_xlabel(f"seconds an image ({settings['device']}, {settings['precision']}, batch {settings['batch_size']})")
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:.3g} s")
-    return figure
-
-
-def _key(point: CurvePoint) -> tuple[str, float]:
-    return point.series, point.budget
-
-
-def _by_schedule(points: Sequence[CurvePoint]) -> dict[tuple[str, float], list[CurvePoint]]:
-    """All seeds of each series and budget."""
-    groups: dict[tuple[str, float], list[CurvePoint]] = defaultdict(list)
-    for point in points:
-        groups[_key(point)].append(point)
-    return groups
+    report.write_page(out / "curve.html", "Quality against compute", _parts(header, points, list(contents.values())))
+    return [*contents, "curve.html"]
 
 
 def _png(figure: Figure) -> bytes:
@@ -98,8 +120,9 @@ def _png(figure: Figure) -> bytes:
 def _parts(header: Mapping[str, Any], points: Sequence[CurvePoint], pictures: Sequence[bytes]) -> Iterator[str]:
     """Pictures, numbers, settings."""
     yield from (report.picture(content, "quality against compute") for content in pictures)
-    yield report.table(HEADINGS, table_rows(points))
+    yield report.table(table_headings(points), table_rows(points))
     if header["floor"] is not None:
         yield report.paragraph(f"Real images against the reference: {header['floor']:.3f}.")
+    yield from map(report.paragraph, header.get("notes", ()))
     yield report.heading("Settings")
     yield report.table(("name", "value"), ((name, json.dumps(value)) for name, value in header["settings"].items()))

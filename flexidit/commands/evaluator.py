@@ -106,7 +106,7 @@ def _digit_classifier(sample_shape: tuple[int, int, int]) -> DigitClassifier:
 
 def _digits(sample_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Real digits (1797, 1, H, W) in [-1, 1] and their labels (1797,)."""
-    from datamodules.digits import load_digit_images
+    from flexidit.digit_images import load_digit_images
 
     channels, height, width = sample_shape
     if channels != 1 or height != width:

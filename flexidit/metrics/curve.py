@@ -2,9 +2,10 @@
 
 Shape legend: N samples of one candidate, n samples in one batch, C channels, H W height and width.
 
-For one process or many: :class:`Evaluation` is what ``flexidit curve``, the quick start and the
-``fid_flops`` callback run. FID baselines of one checkpoint differ between papers by more than the methods do, so every
-point carries the evaluator, the reference, the sample count, the sampler, the guidance and the seed.
+For one process or many, for models of classes and of captions: :class:`Evaluation` is what ``flexidit curve``, the
+quick starts and the ``fid_flops`` callback run. FID baselines of one checkpoint differ between papers by more than the
+methods do, so every point carries the evaluator, the reference, the sample count, the sampler, the guidance and the
+seed.
 """
 
 from __future__ import annotations
@@ -14,50 +15,33 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexidit import flops
 from flexidit.metrics.curve_points import CurvePoint, find_point
+from flexidit.metrics.curve_samples import (
+    Decoder,
+    SamplingSettings,
+    classes_of,
+    device_of,
+    dtype_of,
+    make_sampler,
+    rank_and_world_size,
+    sample_pixels,
+)
 from flexidit.metrics.features import FeatureExtractor
 from flexidit.metrics.frechet import FeatureStatistics, Gaussian
+from flexidit.metrics.judges import ClassAccuracy, Judge, Tally
+from flexidit.metrics.prompts import Conditions
 from flexidit.patch_size import PatchSize, PatchSizeLike
-from flexidit.sampling.sampler import Sampler
 from flexidit.sampling.schedule import PatchSchedule
 
 Series = Literal["weak first", "weak last", "fewer steps"]
 """The paper's schedule; its counter-example (Fig. 19); the target alone with fewer steps (Fig. 6 right)."""
-
-
-class Decoder(Protocol):
-    """The half of a codec that an evaluation needs."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents to pixels in [-1, 1]."""
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How samples are drawn, apart from the schedule."""
-
-    num_samples: int = 50_000
-    """Samples N per point; a Frechet distance falls with N, so compare at equal N only."""
-    batch_size: int = 64
-    """Samples in one forward pass (twice as many sequences with guidance)."""
-    solver: str = "ddpm"
-    cfg_scale: float = 1.0
-    """Classifier-free guidance; 1: none."""
-    guidance_channels: int | None = None
-    """Guide only the first so many latent channels (3: official DiT); None: all."""
-    seed: int = 0
-    merged: bool = False
-    """Price adapters as merged into the weights, where they cost nothing; False prices what runs."""
-    autocast: torch.dtype | None = None
-    """Run the model under autocast to this type."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +69,6 @@ class Reference:
         statistics = Gaussian.load(path)
         count = "" if statistics.count is None else f" ({statistics.count} samples)"
         return cls(statistics, f"{Path(path).name}{count}")
-
-
-class SampledBatch(NamedTuple):
-    """Samples of this rank."""
-
-    pixels: Tensor
-    """(n, C, H, W) in [-1, 1]."""
-    labels: Tensor
-    """(n,)"""
-    seconds: float
-    """Sampling time, without decoding."""
-    num_sampled: int
-    """Samples that were drawn in that time; more than n where ranks are evened out."""
 
 
 def candidates(
@@ -156,9 +127,9 @@ def reference_of(
         description: Which images these are; their number is added.
         max_samples: Stop there, summed over ranks.
     """
-    rank, world_size = _rank_and_world_size()
+    rank, world_size = rank_and_world_size()
     limit = None if max_samples is None else max_samples // world_size + (rank < max_samples % world_size)
-    statistics, device = FeatureStatistics(), _device_of(features)
+    statistics, device = FeatureStatistics(), device_of(features)
     for batch in batches:
         x = batch["x"] if limit is None else batch["x"][: limit - statistics.count]
         statistics.update(features(codec.decode(x.to(device))))
@@ -166,45 +137,6 @@ def reference_of(
             break
     result = statistics.gathered().gaussian(features.fingerprint)
     return Reference(result, f"{description} ({result.count} samples)")
-
-
-def sample_pixels(
-    model: Any, codec: Decoder, schedule: PatchSchedule, settings: SamplingSettings
-) -> Iterator[SampledBatch]:
-    """This rank's share of N samples, class i mod num_classes for the i-th of them.
-
-    The i-th sample has the i-th seed of a generator, whichever rank and batch it falls into: results do not depend
-    on the number of ranks. All ranks make equally many calls of equal size, also where N does not divide by their
-    number (a sharded model would wait for ever otherwise); what is too much is dropped.
-    """
-    rank, world_size = _rank_and_world_size()
-    share = math.ceil(settings.num_samples / world_size)
-    first = rank * share
-    num_batches = math.ceil(share / settings.batch_size)
-    width = math.ceil(share / num_batches)  # even batches: the sampler fills up the last one to this width
-    sampler = make_sampler(model, schedule, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    torch.randint(2**63 - 1, (first,), generator=generator)  # the seeds of the ranks before
-    for start in range(first, first + share, width):
-        indices = torch.arange(start, min(start + width, first + share))
-        labels = indices % model.num_classes
-        began = _now(model)
-        latents = sampler(labels, generator=generator, batch_size=width)
-        seconds = _now(model) - began
-        real = max(0, min(len(indices), settings.num_samples - start))
-        yield SampledBatch(_decode(codec, latents[:real]), labels[:real].to(latents.device), seconds, len(indices))
-
-
-def make_sampler(model: Any, schedule: PatchSchedule, settings: SamplingSettings) -> Sampler:
-    """The sampler that these settings describe."""
-    return Sampler(
-        model,
-        settings.solver,
-        schedule=schedule,
-        cfg_scale=settings.cfg_scale,
-        guidance_channels=settings.guidance_channels,
-        autocast=settings.autocast,
-    )
 
 
 def cost_per_image(model: Any, schedule: PatchSchedule, settings: SamplingSettings) -> int:
@@ -232,7 +164,7 @@ class Evaluation:
     """
 
     model: Any
-    """A flexible model with ``config``, ``num_classes`` and what the sampler needs."""
+    """A flexible model with ``config`` and what the sampler needs."""
     codec: Decoder
     features: FeatureExtractor
     reference: Reference
@@ -240,9 +172,13 @@ class Evaluation:
     full_steps: int
     """Number of steps at the base patch size that 100 % of the FLOPs stand for."""
     classifier: Callable[[Tensor], Tensor] | None = None
-    """Pixels to class scores (n, num_classes), for the accuracy."""
+    """Pixels to class scores (n, num_classes): short for a :class:`ClassAccuracy` among the judges."""
     model_name: str = ""
     """For the record: which weights; an interrupted curve continues only with the same."""
+    conditions: Conditions | None = None
+    """What samples are asked for, such as :class:`Prompts`; None: the model's classes in turn."""
+    judges: Sequence[Judge] = ()
+    """Who compares samples with that: :class:`DigitAgreement`, :class:`CLIPScore`, ..."""
 
     def __post_init__(self) -> None:
         known = self.reference.statistics.fingerprint
@@ -265,27 +201,34 @@ class Evaluation:
     @torch.no_grad()
     def measure(self, candidate: Candidate) -> CurvePoint:
         """Sample, extract, compare. Every rank must call it."""
-        statistics, hits, seconds, num_sampled = FeatureStatistics(), 0, 0.0, 0
-        for batch in sample_pixels(self.model, self.codec, candidate.schedule, self.settings):
+        statistics, seconds, num_sampled = FeatureStatistics(), 0.0, 0
+        judges = self._judges
+        conditions = classes_of(self.model) if self.conditions is None else self.conditions
+        tallies = {name: Tally() for judge in judges for name in judge.measures}
+        for batch in sample_pixels(self.model, self.codec, candidate.schedule, self.settings, conditions):
             seconds, num_sampled = seconds + batch.seconds, num_sampled + batch.num_sampled
-            if len(batch.labels):
-                statistics.update(self.features(batch.pixels))
-                hits += self._hits(batch)
-        all_hits, all_seconds, all_sampled = _sum_over_ranks(hits, seconds, num_sampled)
+            if not len(batch.indices):
+                continue
+            statistics.update(self.features(batch.pixels))
+            for judge in judges:
+                for name, tally in judge(batch.pixels, conditions.wanted(batch.indices)).items():
+                    tallies[name] += tally
+        all_seconds, all_sampled = _sum_over_ranks(seconds, num_sampled)
         cost = cost_per_image(self.model, candidate.schedule, self.settings)
+        results: dict[str, Any] = {"accuracy": None} | _means_over_ranks(tallies)
         return CurvePoint(
             **self._record(candidate),
+            **results,
             relative_flops=cost / full_cost_per_image(self.model, self.full_steps, self.settings),
             flops_per_image=cost,
             frechet=_distance(statistics.gathered(), self.reference.statistics),
-            accuracy=None if self.classifier is None else all_hits / self.settings.num_samples,
             seconds_per_image=all_seconds / all_sampled,
         )
 
-    def _hits(self, batch: SampledBatch) -> int:
-        if self.classifier is None:
-            return 0
-        return int((self.classifier(batch.pixels).argmax(dim=1) == batch.labels).sum())
+    @property
+    def _judges(self) -> list[Judge]:
+        own = [] if self.classifier is None else [ClassAccuracy(self.classifier)]
+        return [*own, *self.judges]
 
     def _record(self, candidate: Candidate) -> dict[str, Any]:
         """What identifies a measurement, apart from its results."""
@@ -304,20 +247,18 @@ class Evaluation:
             "solver": settings.solver,
             "cfg_scale": settings.cfg_scale,
             "guidance_channels": settings.guidance_channels,
-            "precision": str(settings.autocast or _dtype_of(self.model)).removeprefix("torch."),
+            "precision": str(settings.autocast or dtype_of(self.model)).removeprefix("torch."),
             "seed": settings.seed,
             "batch_size": settings.batch_size,
-            "device": _device_name(_device_of(self.model)),
+            "device": _device_name(device_of(self.model)),
+            "conditions": "" if self.conditions is None else self.conditions.description,
+            "judges": "; ".join(judge.description for judge in self._judges if judge.description),
         }
-
-
-def _decode(codec: Decoder, latents: Tensor) -> Tensor:
-    return codec.decode(latents) if len(latents) else latents
 
 
 def _distance(statistics: FeatureStatistics, reference: Gaussian) -> float:
     """On rank 0, for all: the matrix roots of 2048 features take a CPU several seconds."""
-    result = [statistics.gaussian().distance(reference) if _rank_and_world_size()[0] == 0 else math.nan]
+    result = [statistics.gaussian().distance(reference) if rank_and_world_size()[0] == 0 else math.nan]
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(result)
     return result[0]
@@ -331,28 +272,9 @@ def _sum_over_ranks(*values: float) -> list[float]:
     return [sum(column) for column in zip(*everyone, strict=True)]
 
 
-def _rank_and_world_size() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _now(model: Any) -> float:
-    """Seconds, once the device has done what it was told."""
-    device = _device_of(model)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return perf_counter()
-
-
-def _device_of(module: object) -> torch.device:
-    parameter = next(module.parameters(), None) if isinstance(module, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _dtype_of(module: object) -> torch.dtype:
-    parameter = next(module.parameters(), None) if isinstance(module, nn.Module) else None
-    return torch.float32 if parameter is None else parameter.dtype
+def _means_over_ranks(tallies: Mapping[str, Tally]) -> dict[str, float]:
+    sums = _sum_over_ranks(*(value for tally in tallies.values() for value in (tally.total, tally.count)))
+    return {name: Tally(sums[2 * place], int(sums[2 * place + 1])).mean for place, name in enumerate(tallies)}
 
 
 def _device_name(device: torch.device) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,26 @@ class CurvePoint:
     seed: int
     batch_size: int
     device: str
+    agreement: float | None = None
+    """Share of what the captions say that measuring the samples confirms; None where nobody can measure it."""
+    clip_score: float | None = None
+    """100 times the mean cosine of images and texts in a CLIP; None without one."""
+    conditions: str = ""
+    """What was asked for: which prompts; empty for classes in turn."""
+    judges: str = ""
+    """Who compared the samples with that, where it is not the evaluator itself."""
 
     def describe(self) -> str:
         """One line that says how the number came about."""
         channels = "" if self.guidance_channels is None else f" on {self.guidance_channels} channels"
+        agreement = "" if self.agreement is None else f", caption agreement {self.agreement:.1%}"
+        clip_score = "" if self.clip_score is None else f", CLIP score {self.clip_score:.2f}"
+        asked = "".join(f"; {part}" for part in (self.conditions, self.judges) if part)
         return (
-            f"Frechet distance {self.frechet:.4g} at {self.relative_flops:.1%} FLOPs: {self.evaluator}; reference "
-            f"{self.reference}; {self.num_samples} samples; {self.solver}, {self.num_sampling_steps} steps "
-            f"({self.schedule}); guidance {self.cfg_scale:g}{channels}; {self.codec}; {self.precision}; "
-            f"seed {self.seed}"
+            f"Frechet distance {self.frechet:.4g}{agreement}{clip_score} at {self.relative_flops:.1%} FLOPs: "
+            f"{self.evaluator}; reference {self.reference}; {self.num_samples} samples{asked}; {self.solver}, "
+            f"{self.num_sampling_steps} steps ({self.schedule}); guidance {self.cfg_scale:g}{channels}; {self.codec}; "
+            f"{self.precision}; seed {self.seed}"
         )
 
 
@@ -66,21 +77,24 @@ def write_csv(points: Iterable[CurvePoint], path: str | os.PathLike[str]) -> Non
     writer = csv.DictWriter(text, [field.name for field in fields(CurvePoint)])
     writer.writeheader()
     writer.writerows(asdict(point) for point in points)
-    write_atomically(Path(path), text.getvalue().encode("ascii", "backslashreplace"))
+    write_atomically(Path(path), text.getvalue().encode())
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[CurvePoint]:
     """Inverse of :func:`write_csv`; no points where there is no file.
+
+    Files of class-conditional curves from before there were prompts lack the columns about them, and are read too.
 
     Raises:
         ValueError: the file has other columns.
     """
     if not Path(path).is_file():
         return []
-    with Path(path).open(newline="", encoding="ascii") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    names = {field.name for field in fields(CurvePoint)}
-    if any(set(row) != names for row in rows):
+    known = {field.name for field in fields(CurvePoint)}
+    needed = {field.name for field in fields(CurvePoint) if field.default is MISSING}
+    if any(not needed <= set(row) <= known for row in rows):
         raise ValueError(f"{path} is not a curve of this version: its columns differ; move it away to measure again")
     return [CurvePoint(**{name: _READ.get(name, str)(value) for name, value in row.items()}) for row in rows]
 
@@ -102,6 +116,8 @@ _READ: dict[str, Callable[[str], Any]] = {
     "guidance_channels": _optional(int),
     "seed": int,
     "batch_size": int,
+    "agreement": _optional(float),
+    "clip_score": _optional(float),
 }
 
 

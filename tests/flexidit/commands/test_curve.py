@@ -115,7 +115,7 @@ def test_orders_that_meet_in_a_schedule_are_sampled_once(
     [
         (["--steps", "5"], "steps=4 and this run has steps=5"),
         (["--num-samples", "30"], "num_samples=20"),
-        (["--cfg-scale", "2"], "cfg_scale=1.5"),
+        (["--guidance-channels", "1"], "guidance_channels=None"),
         (["--dtype", "bfloat16"], "precision=float32"),
     ],
 )

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from flexidit.commands.curve_report import table_rows, write_report
+from flexidit.commands.curve_report import table_headings, table_rows, write_report
 from flexidit.metrics.curve_points import CurvePoint
 
 
@@ -45,6 +46,25 @@ def test_rows_are_means_over_seeds() -> None:
     rows = list(table_rows(POINTS))
     assert rows[0] == ("weak first", "1", "99.6%", "2.50", "0.505", "3.000 (2.000 to 4.000)", "80.0%", "2")
     assert rows[1][5:] == ("3.000", "-", "1") and rows[2][0] == "weak last"
+
+
+def test_columns_are_those_that_are_known_or_differ() -> None:
+    assert table_headings(POINTS)[-3:] == ("Frechet distance", "accuracy", "seeds")
+    assert "accuracy" not in table_headings(POINTS[1:2]) and "guidance" not in table_headings(POINTS)
+    texts = [replace(POINTS[0], agreement=0.875, clip_score=25.1), replace(POINTS[0], cfg_scale=3.0, agreement=0.5)]
+    rows = [dict(zip(table_headings(texts), row, strict=True)) for row in table_rows(texts)]
+    assert [row["guidance"] for row in rows] == ["1.5", "3"]
+    assert [row["agreement"] for row in rows] == ["87.5%", "50.0%"]
+    assert [row["CLIP score"] for row in rows] == ["25.10", "-"]
+
+
+def test_a_sweep_has_a_figure_of_its_own(tmp_path: Path) -> None:
+    settings = {"settings": {}, "floor": None, "notes": ["what is <counted>"]}
+    assert write_report(tmp_path, settings, POINTS) == ["curve.png", "latency.png", "curve.html"]
+    swept = [*POINTS, replace(POINTS[0], cfg_scale=4.0)]
+    assert write_report(tmp_path, settings, swept) == ["curve.png", "latency.png", "guidance.png", "curve.html"]
+    page = (tmp_path / "curve.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "what is &lt;counted&gt;" in page
 
 
 @pytest.mark.parametrize("floor", [None, 1.3])

@@ -8,32 +8,41 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from flexidit import load_checkpoint
 from flexidit.cli import main
 from flexidit.commands.quickstart import tell
 from flexidit.commands.quickstart.evaluation import Judge, schedules, with_shared_ends
-from flexidit.commands.quickstart.settings import QuickstartSettings, claim_folder
+from flexidit.commands.quickstart.settings import (
+    ClassConditionalSettings,
+    QuickstartSettings,
+    TextToImageSettings,
+    claim_folder,
+)
 from flexidit.flops import schedule_cost
 from flexidit.metrics.curve import Candidate, Evaluation
 from flexidit.metrics.curve_points import CurvePoint, read_csv
-from flexidit.models.dit import DiT
+from flexidit.models import FlexiTransformer
 from flexidit.recipes import flexify
 from flexidit.variants import create_model
 
-TOY = QuickstartSettings(
-    hidden_size=16,
-    depth=1,
-    num_heads=2,
-    pretraining_steps=4,
-    fine_tuning_steps=4,
-    mmd_start_step=1,
-    mmd_every_n_steps=1,
-    num_sampling_steps=5,
-    num_samples=12,
-    num_seeds=2,
-    weak_steps=(0, 2, 5),
-    compared_weak_steps=(2,),
-)
+TINY = {
+    "hidden_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "pretraining_steps": 4,
+    "num_sampling_steps": 5,
+    "num_samples": 12,
+    "num_seeds": 2,
+    "weak_steps": (0, 2, 5),
+    "compared_weak_steps": (2,),
+}
+TOY = ClassConditionalSettings(**TINY, fine_tuning_steps=4, mmd_start_step=1, mmd_every_n_steps=1)  # type: ignore[arg-type]
+TOYS: dict[str, QuickstartSettings] = {
+    "class-conditional": TOY,
+    "text-to-image": TextToImageSettings(**TINY, distillation_steps=4, rank=2),  # type: ignore[arg-type]
+}
 
 WRITTEN = {
     "checkpoints",
@@ -53,24 +62,53 @@ def numbers(points: list[CurvePoint]) -> list[CurvePoint]:
     return [replace(point, seconds_per_image=0.0) for point in points]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def story(tmp_path_factory: pytest.TempPathFactory, recipe: str) -> Path:
     out = tmp_path_factory.mktemp("quickstart") / "run"
-    claim_folder(out, TOY)
-    tell(TOY, out, quiet=True)
+    claim_folder(out, TOYS[recipe])
+    tell(TOYS[recipe], out, quiet=True)
     return out
 
 
-def test_it_leaves_everything_that_it_promises(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == WRITTEN
-    assert len(read_csv(finished / "curve.csv")) == 2 * (3 + 1 + 1)
-    assert list((finished / "tensorboard").rglob("events.*"))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return story(tmp_path_factory, "class-conditional")
 
 
-def test_the_page_is_self_contained(finished: Path) -> None:
-    page = (finished / "report.html").read_text()
+@pytest.fixture(scope="module")
+def with_captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return story(tmp_path_factory, "text-to-image")
+
+
+@pytest.fixture(params=["finished", "with_captions"])
+def either(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def test_it_leaves_everything_that_it_promises(either: Path) -> None:
+    assert {path.name for path in either.iterdir()} == WRITTEN
+    assert len(read_csv(either / "curve.csv")) == 2 * (3 + 1 + 1)
+    assert list((either / "tensorboard").rglob("events.*"))
+
+
+def test_the_page_is_self_contained(either: Path) -> None:
+    page = (either / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_captions_are_judged(with_captions: Path) -> None:
+    points = read_csv(with_captions / "curve.csv")
+    assert all(point.agreement is not None and 0 <= point.agreement <= 1 for point in points)
+    assert "<th>caption</th>" in (with_captions / "report.html").read_text()
+
+
+def test_the_distilled_student_still_is_its_target(with_captions: Path) -> None:
+    target, student = (load_checkpoint(with_captions / f"{name}.safetensors") for name in ("target", "student"))
+    names = {name: name.replace(".base_layer.", ".") for name in student.state_dict()}
+    base = {names[name]: tensor for name, tensor in student.state_dict().items()}
+    assert all(torch.equal(base[name], tensor) for name, tensor in target.state_dict().items())
+    assert "the same to the last bit" in (with_captions / "report.html").read_text()
+    assert (with_captions / "checkpoints" / "distillation" / "last.ckpt").stat().st_size < 1e6
 
 
 def test_a_second_run_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
@@ -120,7 +158,8 @@ def test_json_is_all_that_standard_output_gets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "flexidit.commands.quickstart.settings.QuickstartSettings", lambda seed: replace(TOY, num_seeds=1, seed=seed)
+        "flexidit.commands.quickstart.settings.ClassConditionalSettings",
+        lambda seed: replace(TOY, num_seeds=1, seed=seed),
     )
     assert main(["quickstart", "--out", str(tmp_path / "run"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -128,13 +167,13 @@ def test_json_is_all_that_standard_output_gets(
 
 
 @pytest.fixture(scope="module")
-def student() -> DiT:
-    settings = QuickstartSettings()
+def student() -> FlexiTransformer:
+    settings = ClassConditionalSettings()
     return flexify(create_model("DiT-Tiny/2", **settings.variant_overrides()), [settings.weak_patch_size])
 
 
-def test_ways_to_save_are_compared_at_equal_cost(student: DiT) -> None:
-    settings = QuickstartSettings()
+def test_ways_to_save_are_compared_at_equal_cost(student: FlexiTransformer) -> None:
+    settings = ClassConditionalSettings()
     by_series: dict[str, dict[float, float]] = {"weak first": {}, "weak last": {}, "fewer steps": {}}
     for candidate in schedules(student, settings):
         by_series[candidate.series][candidate.budget] = schedule_cost(student, candidate.schedule).total

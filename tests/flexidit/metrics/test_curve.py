@@ -1,6 +1,6 @@
 """Points that do not depend on batches, ranks or interruptions, with the cost of what ran."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,10 @@ from flexidit.metrics.curve import (
 )
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.frechet import Gaussian
+from flexidit.metrics.judges import Tally
+from flexidit.metrics.prompts import Prompts
 from flexidit.sampling.schedule import PatchSchedule
+from flexidit.text import WordEncoder
 
 SETTINGS = SamplingSettings(num_samples=7, batch_size=3, cfg_scale=2.0)
 
@@ -119,7 +122,7 @@ def test_batches_do_not_matter(batch_size: int) -> None:
     whole = list(sample_pixels(model, PixelCodec(1), schedule, replace(SETTINGS, batch_size=7)))
     parts = list(sample_pixels(model, PixelCodec(1), schedule, replace(SETTINGS, batch_size=batch_size)))
     torch.testing.assert_close(torch.cat([part.pixels for part in parts]), whole[0].pixels)
-    assert torch.cat([part.labels for part in parts]).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert torch.cat([part.indices for part in parts]).tolist() == list(range(7))
 
 
 def test_the_seed_decides() -> None:
@@ -177,6 +180,67 @@ def test_a_reference_stops_at_its_limit() -> None:
     assert reference.statistics.count == 10
 
 
+def make_text_evaluation() -> Evaluation:
+    """A random model of captions, judged by how bright its samples are and by how long its prompts."""
+    torch.manual_seed(0)
+    config = {"input_size": 4, "depth": 1, "hidden_size": 16, "num_heads": 2, "in_channels": 1, "learn_sigma": False}
+    student = flexify(create_model("TextDiT-Tiny/2", caption_channels=8, caption_length=6, **config), patch_sizes=[4])
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    prompts = Prompts.encode(["a cat", "", "two big dogs"], WordEncoder(width=8, max_length=6), "animals")
+    return replace(make_evaluation(), model=student, conditions=prompts, judges=[Judge()])
+
+
+class Judge:
+    measures = ("agreement", "clip_score")
+    description = "brightness and length"
+
+    def __call__(self, pixels: Tensor, wanted: Sequence[str]) -> dict[str, Tally]:
+        bright = int((pixels.mean(dim=(1, 2, 3)) > 0).sum())
+        return {"agreement": Tally(bright, len(pixels)), "clip_score": Tally(sum(map(len, wanted)), len(wanted))}
+
+
+def test_prompts_are_asked_for_in_turn_and_judged() -> None:
+    evaluation = make_text_evaluation()
+    full, saved = measured(evaluation)
+    assert full.clip_score == (3 * len("a cat") + 2 * len("two big dogs")) / 7
+    assert full.conditions.startswith("animals (3 prompts, ") and full.judges == "brightness and length"
+    assert full.accuracy is None and full.agreement is not None and full.frechet != saved.frechet
+    others = Prompts.encode(["one", "two", "three"], WordEncoder(width=8, max_length=6), "animals")
+    assert measured(replace(evaluation, conditions=others))[0].frechet != full.frechet
+
+
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_batches_do_not_matter_to_prompts_either(batch_size: int) -> None:
+    evaluation = make_text_evaluation()
+    whole = measured(evaluation)[1]
+    parts = measured(replace(evaluation, settings=replace(SETTINGS, batch_size=batch_size)))[1]
+    assert parts.frechet == pytest.approx(whole.frechet, rel=1e-4)
+    assert (parts.agreement, parts.clip_score) == (whole.agreement, whole.clip_score)
+
+
+def test_guidance_is_away_from_the_negative_prompt() -> None:
+    evaluation = make_text_evaluation()
+    encoder = WordEncoder(width=8, max_length=6)
+    texts = ["a cat", "", "two big dogs"]
+    away = [Prompts.encode(texts, encoder, "animals", negative) for negative in (None, "a cat")]
+    candidate = candidates(evaluation.model, [1.0], 5)[0]
+    plain, negative = (replace(evaluation, conditions=prompts).measure(candidate) for prompts in away)
+    assert plain.frechet != negative.frechet
+    schedule = PatchSchedule.constant(2, 2)
+    ours = next(sample_pixels(evaluation.model, PixelCodec(1), schedule, replace(SETTINGS, batch_size=7), away[1]))
+    sampler = make_sampler(evaluation.model, schedule, SETTINGS)
+    captions = encoder.encode([*texts, *texts, texts[0]])
+    generator = torch.Generator().manual_seed(0)
+    theirs = sampler(captions, negative=encoder.encode(["a cat"]), generator=generator)
+    torch.testing.assert_close(ours.pixels, PixelCodec(1).decode(theirs))
+
+
+def test_a_model_of_captions_needs_prompts() -> None:
+    with pytest.raises(ValueError, match="told captions, not classes: give conditions"):
+        measured(replace(make_text_evaluation(), conditions=None))
+
+
 def measure_on_ranks(rank: int, root: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=2)
     evaluation = make_evaluation()
@@ -184,16 +248,19 @@ def measure_on_ranks(rank: int, root: str) -> None:
     reference = reference_of(own, PixelCodec(1), evaluation.features, "noise")
     write_csv(measured(replace(evaluation, reference=reference)), f"{root}/{rank}.csv")
     reference.statistics.save(f"{root}/{rank}.npz")
+    write_csv(measured(replace(make_text_evaluation(), reference=reference)), f"{root}/text{rank}.csv")
     torch.distributed.destroy_process_group()
 
 
 def test_ranks_do_not_matter(tmp_path: Path) -> None:
     """Seven samples on two ranks: four and three."""
     mp.spawn(measure_on_ranks, args=(str(tmp_path),), nprocs=2)
-    alone = measured(make_evaluation())
+    alone, texts = measured(make_evaluation()), measured(make_text_evaluation())
     for rank in range(2):
         points = read_csv(tmp_path / f"{rank}.csv")
         assert [p.frechet for p in points] == pytest.approx([p.frechet for p in alone], rel=1e-5)
         assert [p.relative_flops for p in points] == [p.relative_flops for p in alone]
         assert Gaussian.load(tmp_path / f"{rank}.npz").count == 20
+        judged = [(p.agreement, p.clip_score) for p in read_csv(tmp_path / f"text{rank}.csv")]
+        assert judged == [(p.agreement, p.clip_score) for p in texts]
     assert [p.frechet for p in read_csv(tmp_path / "0.csv")] == [p.frechet for p in points]

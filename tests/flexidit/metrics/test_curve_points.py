@@ -44,6 +44,22 @@ def test_csv_is_exact(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["curve.csv"]
 
 
+def test_what_was_asked_for_is_kept(tmp_path: Path) -> None:
+    point = replace(POINT, agreement=0.875, clip_score=25.5, conditions="caf\xe9.txt (2 prompts, 0a)", judges="a; b")
+    write_csv([point, POINT], tmp_path / "curve.csv")
+    assert read_csv(tmp_path / "curve.csv") == [point, POINT]
+    for part in ("caption agreement 87.5%", "CLIP score 25.50", "caf\xe9.txt (2 prompts, 0a)", "a; b"):
+        assert part in point.describe() and part not in POINT.describe()
+
+
+def test_files_from_before_there_were_prompts_are_read(tmp_path: Path) -> None:
+    new = {"agreement", "clip_score", "conditions", "judges"}
+    row = {name: "" if value is None else str(value) for name, value in asdict(POINT).items() if name not in new}
+    quoted = ['"' + value.replace('"', '""') + '"' for value in row.values()]
+    (tmp_path / "old.csv").write_text(",".join(row) + "\n" + ",".join(quoted) + "\n")
+    assert read_csv(tmp_path / "old.csv") == [POINT]
+
+
 def test_no_file_is_no_points_and_another_file_is_refused(tmp_path: Path) -> None:
     assert read_csv(tmp_path / "missing.csv") == []
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
