@@ -160,8 +160,8 @@ class EMA(Callback):
             return
         self._write_raw(pl_module)
         weights = trainer.strategy.lightning_module_state_dict()
-        checkpoint["state_dict"] = {
-            name: value.clone() if isinstance(value, Tensor) else value for name, value in weights.items()
+        checkpoint["state_dict"] = {  # a frozen base is not overwritten, and need not be there twice
+            name: value.clone() if _plain_name(name) in self._raw else value for name, value in weights.items()
         }
         self._write_average(pl_module)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
 from flexidit.metrics.curve import Evaluation, Reference, SamplingSettings, candidates, reference_of
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.features import FeatureExtractor
+from flexidit.metrics.prompts import ClassLabels, Prompts, read_prompts
 from flexidit.plots import curve_figure
 
 
@@ -26,6 +28,8 @@ class FIDFlops(Callback):
     of them: one row a point, with evaluator, reference, number of samples, sampler, steps, guidance and seed. It runs
     in ``flexidit validate``, after every so many validations of a fit, and at the end of it. The work is split over the
     ranks, and the result does not depend on their number.
+
+    Samples have the model's classes in turn; or captions, of the validation data in turn unless prompts are given.
 
     "FID" is short for a Frechet distance in whatever features are given; only Inception's compare with published ones.
 
@@ -44,6 +48,8 @@ class FIDFlops(Callback):
         guidance_channels: Guide only the first so many latent channels; null: all.
         weak_patch_size: Patch size of the cheap steps; null: the largest of the model.
         seed: Of the noise.
+        prompts: A text file with one prompt a line, for the data's text encoder; null: captions of the validation data,
+            with several processes each its own share.
 
     Raises:
         ValueError: an argument out of its range.
@@ -64,6 +70,7 @@ class FIDFlops(Callback):
         guidance_channels: int | None = None,
         weak_patch_size: int | str | None = None,
         seed: int = 0,
+        prompts: str | None = None,
     ) -> None:
         if not budgets or num_samples < 2 or batch_size < 1:
             raise ValueError(
@@ -88,6 +95,8 @@ class FIDFlops(Callback):
             "guidance_channels": guidance_channels,
             "seed": seed,
         }
+        self.prompts = prompts
+        self._conditions: ClassLabels | Prompts | None = None
         self._loaded_reference: Reference | None = None
         self._num_validations = 0
         self._measured_at = -1
@@ -132,12 +141,19 @@ class FIDFlops(Callback):
                 settings=settings,
                 full_steps=self.num_sampling_steps,
                 model_name=weights_name(trainer),
+                conditions=self._asked(trainer, model),
             )
             schedules = candidates(model, self.budgets, self.num_sampling_steps, weak=self.weak_patch_size)
             points = list(evaluation.curve(schedules))
         self._measured_at = trainer.global_step
         self._write(trainer, points)
         return points
+
+    def _asked(self, trainer: Trainer, model: nn.Module) -> ClassLabels | Prompts:
+        if self._conditions is None:
+            texts = None if self.prompts is None else read_prompts(self.prompts)
+            self._conditions = conditions_of(trainer, model, self.sampling_arguments["num_samples"], texts)
+        return self._conditions
 
     def _write(self, trainer: Trainer, points: list[CurvePoint]) -> None:
         path = log_directory(trainer) / "fid_flops.csv"
@@ -164,7 +180,16 @@ class FIDFlops(Callback):
             raise ValueError(f"reference={self.reference!r} needs a datamodule; give the path of an .npz instead")
         loader = datamodule.train_dataloader() if self.reference == "train" else datamodule.val_dataloader()
         description = f"{type(datamodule).__name__} {self.reference}"
-        return reference_of(loader, codec_of(pl_module), self.features, description, self.reference_samples)
+        batches = _model_inputs(loader, datamodule, pl_module.device)
+        return reference_of(batches, codec_of(pl_module), self.features, description, self.reference_samples)
+
+
+def _model_inputs(loader: Any, datamodule: Any, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Batches as the model sees them: raw images are encoded as in training, their captions are not."""
+    for batch in loader:
+        if "index" in batch and hasattr(datamodule, "encode_images"):
+            batch = {"x": datamodule.encode_images({**batch, "x": batch["x"].to(device)})}
+        yield batch
 
 
 def weights_name(trainer: Trainer) -> str:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
 from flexidit.metrics.curve import SamplingSettings, candidates, cost_per_image, full_cost_per_image, make_sampler
+from flexidit.metrics.prompts import ClassLabels, Prompts
 from flexidit.pictures import GridRow, draw_grid
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_FONT_SIZE = 13  # of the legend
 
 
 class SampleGrid(Callback):
@@ -22,13 +29,17 @@ class SampleGrid(Callback):
     alone: from row to row only the budget changes, from picture to picture only the weights. Every rank samples, as a
     sharded model needs; rank 0 writes.
 
+    Columns are classes, or captions: numbered, and written below the picture where their texts are known.
+
     Args:
         budgets: FLOPs of each row relative to the base patch size at every step; 1.0 is that itself.
         every_n_steps: Draw after every so many optimizer steps; null: not.
         every_n_epochs: Draw after every so many epochs; null: not. A last picture is drawn at the end in any case.
         classes: Labels of the columns; null: ``num_columns`` labels spread evenly over all classes.
-        num_columns: Number of columns if ``classes`` is null.
-        num_per_class: Samples of each of these labels.
+        prompts: Captions of the columns, for the data's text encoder; null: the first ``num_columns`` of the validation
+            data.
+        num_columns: Number of columns if neither of both is given.
+        num_per_class: Samples of each of these labels or captions.
         solver: See ``flexidit.Sampler``.
         num_sampling_steps: Denoising steps of every row.
         cfg_scale: Guidance; 1: none.
@@ -51,6 +62,7 @@ class SampleGrid(Callback):
         guidance_channels: int | None = None,
         weak_patch_size: int | str | None = None,
         seed: int = 0,
+        prompts: Sequence[str] | None = None,
     ) -> None:
         if not budgets:
             raise ValueError("a grid has one row per budget: give at least one, such as 1.0")
@@ -58,12 +70,14 @@ class SampleGrid(Callback):
             raise ValueError(f"intervals are at least 1, got every_n_steps={every_n_steps}, {every_n_epochs=}")
         self.budgets = tuple(budgets)
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
-        self.classes, self.num_columns, self.num_per_class = classes, num_columns, num_per_class
+        self.classes, self.prompts = classes, prompts
+        self.num_columns, self.num_per_class = num_columns, num_per_class
         self.num_sampling_steps = num_sampling_steps
         self.weak_patch_size = weak_patch_size
         self.settings = SamplingSettings(
             solver=solver, cfg_scale=cfg_scale, guidance_channels=guidance_channels, seed=seed
         )
+        self._conditions: ClassLabels | Prompts | None = None
         self._drawn_at = -1
 
     def on_train_batch_end(
@@ -90,8 +104,8 @@ class SampleGrid(Callback):
         folder = log_directory(trainer) / "samples"
         if trainer.is_global_zero:
             how = f"{self.settings.solver}, {self.num_sampling_steps} steps, guidance {self.settings.cfg_scale:g}"
-            columns = [str(label) for label in self._labels(model_of(pl_module).num_classes)]
-            picture = draw_grid(rows, f"step {step}: {how}, seed {self.settings.seed}", columns)
+            title = f"step {step}: {how}, seed {self.settings.seed}"
+            picture = with_legend(draw_grid(rows, title, self._column_names()), self._legend())
             folder.mkdir(parents=True, exist_ok=True)
             picture.save(folder / f"step_{step:08d}.png")
             for board in tensorboards(trainer):
@@ -101,16 +115,41 @@ class SampleGrid(Callback):
         """One row of samples per budget. Every rank must call it."""
         model, settings = model_of(pl_module), replace(self.settings, autocast=autocast_dtype(trainer))
         full_cost = full_cost_per_image(model, self.num_sampling_steps, settings)
-        y = torch.tensor(self._labels(model.num_classes))
+        columns, conditions = self._columns(trainer, model)
+        y = conditions.told(columns)
         rows = []
         with sampling(trainer, pl_module):
             for candidate in candidates(model, self.budgets, self.num_sampling_steps, weak=self.weak_patch_size):
                 sampler = make_sampler(model, candidate.schedule, settings)
-                latents = sampler(y, generator=torch.Generator().manual_seed(settings.seed))
+                noise = torch.Generator().manual_seed(settings.seed)
+                latents = sampler(y, negative=conditions.negative, generator=noise)
                 cost = cost_per_image(model, candidate.schedule, settings) / full_cost
                 pixels = codec_of(pl_module).decode(latents).cpu()
                 rows.append(GridRow(pixels, f"budget {candidate.budget:g}", f"{cost:.1%} of the FLOPs"))
         return rows
+
+    def _columns(self, trainer: Trainer, model: Any) -> tuple[torch.Tensor, ClassLabels | Prompts]:
+        """Which of the conditions stand in the columns, (K,), and those conditions, the same at every call."""
+        if self._conditions is None:
+            self._conditions = conditions_of(trainer, model, self.num_columns, self.prompts)
+        return torch.tensor(self._chosen()), self._conditions
+
+    def _chosen(self) -> list[int]:
+        """Labels, or places of captions."""
+        if isinstance(self._conditions, ClassLabels):
+            return self._labels(self._conditions.num_classes)
+        assert self._conditions is not None
+        count = len(self.prompts) if self.prompts is not None else min(self.num_columns, len(self._conditions))
+        return [place for place in range(count) for _ in range(self.num_per_class)]
+
+    def _column_names(self) -> list[str]:
+        is_class = isinstance(self._conditions, ClassLabels)
+        return [str(chosen if is_class else chosen + 1) for chosen in self._chosen()]
+
+    def _legend(self) -> list[str]:
+        """The captions behind the numbers, where they are known."""
+        texts = getattr(self._conditions, "texts", None)
+        return [f"{place + 1}   {texts[place]}" for place in dict.fromkeys(self._chosen())] if texts else []
 
     def _labels(self, num_classes: int) -> list[int]:
         classes = self.classes
@@ -118,3 +157,18 @@ class SampleGrid(Callback):
             count = min(self.num_columns, num_classes)
             classes = [index * num_classes // count for index in range(count)]
         return [label for label in classes for _ in range(self.num_per_class)]
+
+
+def with_legend(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
+    """The picture with lines of text below it, each cut to its width."""
+    if not lines:
+        return picture
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, pitch = ImageFont.load_default(_FONT_SIZE), _FONT_SIZE + 6
+    whole = Image.new("RGB", (picture.width, picture.height + pitch * (len(lines) + 1)), (255, 255, 255))
+    whole.paste(picture)
+    pen = ImageDraw.Draw(whole)
+    for row, line in enumerate(lines):
+        pen.text((24, picture.height + pitch * row), line, (112, 118, 128), font)
+    return whole

@@ -52,9 +52,9 @@ class Throughput(Callback):
     """Logs ``throughput/images_per_s`` (all devices), ``throughput/tflops_per_s`` (one device), ``throughput/mfu``.
 
     Steps alternate between patch sizes of very unequal cost, so FLOPs are summed step by step from
-    ``pl_module.step_flops``: a plain int, the forward and backward FLOPs of one sample in the step that just ran (2
-    per multiply-add). A module without it gets images per second only. MFU divides by the dense bfloat16 peak,
-    whatever the precision of the run.
+    ``pl_module.step_flops``: a plain int, the forward and backward FLOPs of one sample in the step that just ran, a
+    teacher's forward included (2 per multiply-add). A module without it gets images per second only. MFU divides by
+    the dense bfloat16 peak, whatever the precision of the run.
 
     The device is synchronised once per window, never per step (Lightning's ``ThroughputMonitor`` does so at every
     batch). Validation is left out of the clock; loading data and writing checkpoints are in it.

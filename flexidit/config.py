@@ -81,8 +81,9 @@ class TransformerConfig:
         placement = self.flex.positions if self.flex else self.placement
         unit = self.position_unit or self.patch_size
         is_own = patch_size == unit or placement == "grid" or not self.computes_positions
-        own = (None, "coords") if is_own else (unit, placement)
-        return replace(self, patch_size=patch_size, flex=None, position_unit=own[0], placement=own[1])
+        if is_own:
+            return replace(self, patch_size=patch_size, flex=None, position_unit=None, placement="coords")
+        return replace(self, patch_size=patch_size, flex=None, position_unit=unit, placement=placement)
 
     @property
     def computes_positions(self) -> bool:

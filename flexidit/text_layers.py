@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +54,8 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(self, caption_channels: int, hidden_size: int, null_length: int) -> None:
         super().__init__()
-        self.y_proj = PlainMlp(
-            caption_channels, hidden_size, hidden_size, act_layer=partial(nn.GELU, approximate="tanh")
-        )
+        gelu: Any = partial(nn.GELU, approximate="tanh")
+        self.y_proj = PlainMlp(caption_channels, hidden_size, hidden_size, act_layer=gelu)
         null = torch.randn(null_length, caption_channels) / caption_channels**0.5 if null_length else None
         self.register_buffer("y_embedding", null)
 

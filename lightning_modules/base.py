@@ -1,11 +1,13 @@
 """What every training module shares: patch size and draws of a step, optimizer, validation, what a checkpoint says.
 
-Shape legend: N samples of one process, C H W channels, height and width of what the model sees.
+Shape legend: N samples of one process, C H W channels, height and width of what the model sees, L caption tokens,
+E width of the text encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,23 +16,46 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flexidit.conditions import choose
+from flexidit.conditions import Captions, choose
 from flexidit.config import config_to_dict
 from flexidit.diffusion.gaussian import GaussianDiffusion
 from flexidit.diffusion.losses import diffusion_loss
-from flexidit.models.dit import DiT
+from flexidit.export import BaseIdentity
+from flexidit.models import FlexiTransformer
 from flexidit.patch_size import PatchSize
+from lightning_modules.data_contract import as_many, check_data, null_captions_of, text_fingerprint_of
 from lightning_modules.draws import SampleDraws, draw_patch_size, places
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
+from lightning_modules.trained_state import base_source, check_loadable, identify_base, keep_trained
 
 GAP_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 """Where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
 
 
-class DiffusionModule(LightningModule):
-    """Trains one model with DiT's loss, at one of its patch sizes per step.
+@dataclass(frozen=True)
+class NoisyBatch:
+    """A batch as the model is asked about it."""
 
-    Subclasses say what the model is, in :meth:`build_model`. Batches are ``{"x": (N, C, H, W), "y": (N,)}``.
+    x_start: Tensor
+    """(N, C, H, W), clean."""
+    noise: Tensor
+    """(N, C, H, W)."""
+    x_t: Tensor
+    """(N, C, H, W), both mixed."""
+    t: Tensor
+    """(N,) step indices."""
+    y: Any
+    """N labels or captions, some of them dropped."""
+
+
+class DiffusionModule(LightningModule):
+    """Trains one model at one of its patch sizes per step; with DiT's loss, unless :meth:`loss` is another.
+
+    Subclasses say what the model is, in :meth:`build_model`. Batches are ``{"x": (N, C, H, W), "y": N conditions}``:
+    labels (N,), or :class:`Captions`.
+
+    A checkpoint holds all weights. Where the base is frozen (recipe "lora") and comes from ``target.checkpoint``, it
+    holds what trains, and says which base that belongs to (:mod:`lightning_modules.trained_state`).
 
     Args:
         target: the plain model to start from.
@@ -41,7 +66,7 @@ class DiffusionModule(LightningModule):
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
-        seed: of fresh weights, patch sizes, timesteps, noise and label dropout.
+        seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
     """
 
     def __init__(
@@ -62,8 +87,10 @@ class DiffusionModule(LightningModule):
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile
         self.vae, self.seed = vae, seed
         self.diffusion = GaussianDiffusion()
-        self.model: DiT
+        self.model: FlexiTransformer
+        self.base_identity: BaseIdentity | None = None
         self.step_flops = 0
+        self._null_captions: Captions | None = None
         self._codec: list[Any] = []  # in a list: never a submodule of what is trained
         self._since_logged: dict[str, list[Tensor]] = {}
         self._num_validated = 0
@@ -74,17 +101,22 @@ class DiffusionModule(LightningModule):
             return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            self.model = self.build_model()
+            target = self.target_settings.build()
+            source = base_source(target, self.target_settings.checkpoint)
+            self.model = self.build_model(target)
         self.model.gradient_checkpointing = self.gradient_checkpointing
         self._weights = self._checked_weights()
+        # Before anything shards the weights or changes their type: the hash is that of what target.checkpoint holds.
+        self.base_identity = identify_base(self.model, source)
+        self.strict_loading = self.base_identity is None
         if self.compile_blocks:
             for block in self.model.blocks:
                 block.compile(dynamic=False)  # with None, the second patch size would get a slower symbolic graph
         if self._trainer is not None:
             self._distribute()
 
-    def build_model(self) -> DiT:
-        """The model to train, before it is moved to a device."""
+    def build_model(self, target: FlexiTransformer) -> FlexiTransformer:
+        """The model to train, before it is moved to a device; the target may become it."""
         raise NotImplementedError(f"{type(self).__name__} does not say which model it trains")
 
     @property
@@ -101,14 +133,28 @@ class DiffusionModule(LightningModule):
         """The patch size of an optimizer step; all micro-batches of the step share it."""
         return draw_patch_size(self.model.patch_sizes, self._weights, self.seed, step)
 
-    def on_fit_start(self) -> None:
-        self._check_data(getattr(self.trainer, "datamodule", None))
+    def timesteps_of(self, patch_size: PatchSize) -> range:
+        """The step indices that a patch size is trained and judged at."""
+        return range(self.diffusion.num_timesteps)
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    @property
+    def judged_patch_sizes(self) -> Sequence[PatchSize]:
+        """The patch sizes whose loss validation measures."""
+        return self.model.patch_sizes
+
+    def null_condition(self, y: Any) -> Any:
+        """What stands in the place of dropped conditions: N labels or captions -> as many of the same kind."""
+        return self.model.null_condition(y) if self._null_captions is None else as_many(self._null_captions, y)
+
+    def on_fit_start(self) -> None:
+        check_data(self.model.config, self._datamodule)
+        null_captions = null_captions_of(self._datamodule, self.model.config)
+        self._null_captions = None if null_captions is None else null_captions.to(self.device)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         patch_size = self.patch_size_at(self.global_step)
-        loss = self.diffusion_loss(batch, patch_size, self.train_draws(batch, batch_idx))
-        # Backward costs twice the forward; with frozen weights the half of it that is their gradient falls away.
-        self.step_flops = (2 if self._is_frozen else 3) * self._forward_flops(patch_size)
+        loss = self.loss(batch, patch_size, self.train_draws(batch, batch_idx))
+        self.step_flops = self._step_flops(patch_size)
         self.log("train/loss", loss.detach())
         self.log_sometimes(f"train/loss_{patch_size.name}", loss)
         return loss
@@ -135,32 +181,39 @@ class DiffusionModule(LightningModule):
         for logger in self.loggers:
             logger.log_metrics(means, step=self.global_step - 1)
 
-    def train_draws(self, batch: Mapping[str, Tensor], batch_idx: int) -> SampleDraws:
+    def train_draws(self, batch: Mapping[str, Any], batch_idx: int) -> SampleDraws:
         """The draws of a micro-batch of the present step."""
         count = len(batch["y"])
         first = batch_idx % self.trainer.accumulate_grad_batches * count
         return self._draws("train", self.global_step, first, count)
 
-    def diffusion_loss(self, batch: Mapping[str, Tensor], patch_size: PatchSize, draws: SampleDraws) -> Tensor:
-        """DiT's loss of a batch at drawn timesteps: scalar."""
+    def loss(self, batch: Mapping[str, Any], patch_size: PatchSize, draws: SampleDraws) -> Tensor:
+        """What is minimised, and what validation judges: a scalar. Here DiT's loss."""
+        noisy = self.noised(batch, patch_size, draws)
+        output = self.model(noisy.x_t, noisy.t, noisy.y, patch_size=patch_size)
+        losses = diffusion_loss(
+            self.diffusion, output, noisy.x_start, noisy.x_t, noisy.t, noisy.noise, self.model.learn_sigma
+        )
+        return losses.total.mean()
+
+    def noised(self, batch: Mapping[str, Any], patch_size: PatchSize, draws: SampleDraws) -> NoisyBatch:
+        """The batch at drawn timesteps of the patch size; in training, with some conditions dropped."""
         x_start, y = batch["x"], batch["y"]
-        t = draws.timesteps(self.diffusion.num_timesteps, x_start.device)
+        t = draws.timesteps(self.timesteps_of(patch_size), x_start.device)
         noise = draws.noise_like(x_start)
         dropout = self.model.config.class_dropout_prob if self.training else 0.0
         if dropout > 0:
-            y = choose(draws.dropped(dropout, y.device), self.model.null_condition(y), y)
-        x_t = self.diffusion.q_sample(x_start, t, noise)
-        output = self.model(x_t, t, y, patch_size=patch_size)
-        return diffusion_loss(self.diffusion, output, x_start, x_t, t, noise, self.model.learn_sigma).total.mean()
+            y = choose(draws.dropped(dropout, y.device), self.null_condition(y), y)
+        return NoisyBatch(x_start, noise, self.diffusion.q_sample(x_start, t, noise), t, y)
 
     def on_validation_epoch_start(self) -> None:
         self._num_validated = 0
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         draws = self._draws("validation", 0, self._num_validated, len(batch["y"]))
         self._num_validated += len(batch["y"])
-        for patch_size in self.model.patch_sizes:  # every size is judged on the same draws
-            loss = self.diffusion_loss(batch, patch_size, draws)
+        for patch_size in self.judged_patch_sizes:  # every size is judged on the same draws
+            loss = self.loss(batch, patch_size, draws)
             self.log(f"val/loss_{patch_size.name}", loss, sync_dist=True, batch_size=len(batch["y"]))
         if batch_idx == 0 and len(self.model.patch_sizes) > 1 and not self.trainer.sanity_checking:
             self._gap = self._measure_gap(batch, draws)
@@ -199,15 +252,36 @@ class DiffusionModule(LightningModule):
         norm = nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
         self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """All weights; without a base that checkpoints name instead of holding it."""
+        state = super().state_dict(*args, **kwargs)
+        return state if self.base_identity is None else keep_trained(state, self, kwargs.get("prefix", ""))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values only: LightningCLI reads checkpoints with weights_only=True.
-        checkpoint["flexidit"] = {"config": config_to_dict(self.model.config)}
+        checkpoint["flexidit"] = {
+            "config": config_to_dict(self.model.config),
+            "base": None if self.base_identity is None else asdict(self.base_identity),
+            "text": text_fingerprint_of(self._datamodule, self.model.config),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_loadable(checkpoint, self, text_fingerprint_of(self._datamodule, self.model.config))
+
+    @property
+    def _datamodule(self) -> Any:
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
 
     @property
     def _is_frozen(self) -> bool:
         """Whether only what a weak size adds is trained."""
         flex = self.model.config.flex
         return flex is not None and flex.recipe == "lora"
+
+    @property
+    def _trains_in_turns(self) -> bool:
+        """Whether a step leaves out some of what trains: all but the parts of one patch size."""
+        return len(self.model.patch_sizes) > (2 if self._is_frozen else 1)
 
     def _distribute(self) -> None:
         strategy = self.trainer.strategy
@@ -216,7 +290,7 @@ class DiffusionModule(LightningModule):
 
             assert self.device_mesh is not None
             shard(self.model, self.device_mesh)
-        elif isinstance(strategy, DDPStrategy):
+        elif isinstance(strategy, DDPStrategy) and self._trains_in_turns:
             # What belongs to other patch sizes gets no gradient in a step, and AdamW must skip it as it does in one
             # process: a gradient of zero would let its momentum move it.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -236,31 +310,15 @@ class DiffusionModule(LightningModule):
             )
         return [given.get(size, 0.0) for size in sizes]
 
-    def _check_data(self, datamodule: Any) -> None:
-        """Refuse data of another shape or with more classes before the first step does it in a worse way."""
-        model = self.model
-        shape, num_classes = getattr(datamodule, "sample_shape", None), getattr(datamodule, "num_classes", None)
-        expected = (model.in_channels, *model.input_size)
-        if shape is not None and tuple(shape) != expected:
-            raise ValueError(
-                f"the data have samples of shape {tuple(shape)}, the model takes {expected}: set in_channels and "
-                "input_size in target.overrides, or use other data"
-            )
-        if num_classes is not None and num_classes > model.num_classes:
-            raise ValueError(
-                f"the data have {num_classes} classes, the model {model.num_classes}: set num_classes in "
-                "target.overrides, or use other data"
-            )
-
     def _draws(self, stream: str, step: int, first: int, count: int) -> SampleDraws:
         world_size = self.trainer.world_size
         return SampleDraws(self.seed, stream, step, places(first, count, self.global_rank, world_size))
 
-    def _measure_gap(self, batch: Mapping[str, Tensor], draws: SampleDraws) -> dict[PatchSize, Tensor]:
+    def _measure_gap(self, batch: Mapping[str, Any], draws: SampleDraws) -> dict[PatchSize, Tensor]:
         from flexidit.analysis.gap import weak_powerful_gap
 
-        noise = draws.noise_like(batch["x"])
-        return weak_powerful_gap(self.model, self.diffusion, batch["x"], batch["y"], noise, GAP_TIMESTEPS)
+        noise, y = draws.noise_like(batch["x"]), self.model.prepare(batch["y"])
+        return weak_powerful_gap(self.model, self.diffusion, batch["x"], y, noise, GAP_TIMESTEPS)
 
     def _draw_gap(self) -> None:
         from flexidit.plots import gap_figure
@@ -271,6 +329,11 @@ class DiffusionModule(LightningModule):
     def _tensorboards(self) -> Iterator[Any]:
         writers = (getattr(logger, "experiment", None) for logger in self.loggers)
         return (writer for writer in writers if hasattr(writer, "add_figure"))
+
+    def _step_flops(self, patch_size: PatchSize) -> int:
+        """Of one sample, forward and backward."""
+        # Backward costs twice the forward; with frozen weights the half of it that is their gradient falls away.
+        return (2 if self._is_frozen else 3) * self._forward_flops(patch_size)
 
     def _forward_flops(self, patch_size: PatchSize) -> int:
         from flexidit.flops import forward_flops

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexidit.diffusion.mmd import ChainPlan, Estimator, bootstrapped_mmd_loss, sample_time_pair
-from flexidit.models.dit import DiT
+from flexidit.models import FlexiTransformer
 from flexidit.patch_size import PatchSize
-from flexidit.recipes import added_parameters, flexify
 from lightning_modules.base import DiffusionModule
 from lightning_modules.draws import keyed
 from lightning_modules.settings import FlexSettings, MatchingSettings, OptimizerSettings, TargetSettings
+from lightning_modules.students import make_student
 
 
 class ClassConditional(DiffusionModule):
@@ -32,7 +32,7 @@ class ClassConditional(DiffusionModule):
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
-        seed: of fresh weights, patch sizes, timesteps, noise and label dropout.
+        seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
 
     Example:
         flexidit fit -c configs/imagenet/class_conditional_xl2.yaml
@@ -69,17 +69,11 @@ class ClassConditional(DiffusionModule):
         if self.matching.weight > 0:
             self.plan = self._checked_plan()
 
-    def build_model(self) -> DiT:
-        target, flex = cast(DiT, self.target_settings.build()), self.flex_settings
-        assert flex is not None
-        if target.config.flex is not None:  # a flexible checkpoint: further fine-tuning
-            return _checked_student(target, flex)
-        student = flexify(target, **vars(flex), keep_target=False)
-        count, share = added_parameters(student)
-        self._print_once(f"flexify ({flex.recipe}): {count:,} new parameters, {share:.4%} of the target's")
-        return student
+    def build_model(self, target: FlexiTransformer) -> FlexiTransformer:
+        assert self.flex_settings is not None
+        return make_student(target, self.flex_settings)
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         if not self._matches_now():
             return loss
@@ -88,7 +82,7 @@ class ClassConditional(DiffusionModule):
         self.step_flops += self._chain_flops()
         return loss + self.matching.weight * mmd
 
-    def matching_loss(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def matching_loss(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Squared MMD between the batch's first half, noised, and its second half, noised further and denoised."""
         settings, diffusion = self.matching, self.chain_diffusion
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
@@ -144,26 +138,8 @@ class ClassConditional(DiffusionModule):
             raise ValueError(f"matching.backprop_steps is 1 to {len(plan)}, the length of the chain, got {steps}")
         return plan
 
-    def _print_once(self, text: str) -> None:
-        if self._trainer is None or self.trainer.is_global_zero:
-            print(text)
 
-
-def _checked_student(student: DiT, flex: FlexSettings) -> DiT:
-    """A flexible checkpoint, if it has what the config asks for: it cannot be flexified again."""
-    found = student.config.flex
-    assert found is not None
-    wanted = {PatchSize.parse(size) for size in flex.patch_sizes}
-    if set(found.weak_patch_sizes) != wanted or found.recipe != flex.recipe:
-        sizes = ", ".join(size.name for size in found.weak_patch_sizes)
-        raise ValueError(
-            f"target.checkpoint is flexible already (recipe {found.recipe!r}, patch sizes {sizes}), the config asks "
-            f"for recipe {flex.recipe!r} and {', '.join(sorted(size.name for size in wanted))}: make both agree"
-        )
-    return student
-
-
-def _half(batch: Mapping[str, Tensor], estimator: Estimator) -> int:
+def _half(batch: Mapping[str, Any], estimator: Estimator) -> int:
     """Samples at each end of the chain."""
     half = len(batch["y"]) // 2
     if half < (2 if estimator == "unbiased" else 1):

@@ -48,7 +48,7 @@ def draw_patch_size(sizes: Sequence[PatchSize], weights: Sequence[float], seed: 
 
 @dataclass(frozen=True)
 class SampleDraws:
-    """Timesteps, noise and label dropout of some samples of a step, each keyed by its place in the global batch."""
+    """Timesteps, noise and dropped conditions of some samples of a step, keyed by their places in the global batch."""
 
     seed: int
     """Of the run."""
@@ -59,12 +59,12 @@ class SampleDraws:
     places: Sequence[int]
     """(N,): places of this process's samples in the global batch."""
 
-    def timesteps(self, num_timesteps: int, device: torch.device) -> Tensor:
-        """Uniform step indices: (N,) int64."""
-        return _to_device(torch.tensor([key % num_timesteps for key in self._keys("timestep")]), device)
+    def timesteps(self, indices: range, device: torch.device) -> Tensor:
+        """Step indices, uniform over the given ones: (N,) int64."""
+        return _to_device(torch.tensor([indices[key % len(indices)] for key in self._keys("timestep")]), device)
 
     def dropped(self, probability: float, device: torch.device) -> Tensor:
-        """Which labels are dropped: (N,) bool."""
+        """Which conditions are dropped: (N,) bool."""
         return _to_device(torch.tensor([key / 2**63 < probability for key in self._keys("dropout")]), device)
 
     def noise_like(self, x: Tensor) -> Tensor:

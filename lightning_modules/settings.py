@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from flexidit.config import Positions, Recipe
+from flexidit.config import Positions, Recipe, TextDiTConfig, TransformerConfig
 from flexidit.diffusion.mmd import ChainPlan, Estimator
+
+if TYPE_CHECKING:
+    from flexidit.models import FlexiTransformer
+
+_COMPARED = (  # what decides which function the weights compute
+    "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_classes", "caption_channels",
+    "position_scale", "position_table", "qk_norm", "micro_conditions",
+)  # fmt: skip
 
 
 @dataclass
@@ -22,17 +30,18 @@ class TargetSettings:
     variant: str | None = None
     """Name such as "DiT-XL/2"; not needed when ``checkpoint`` is given."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Fields of the variant's config to replace: input_size, num_classes, depth, ..."""
+    """Fields of the variant's config to replace: input_size, num_classes, depth, ...; class_dropout_prob of a
+    checkpoint too."""
     checkpoint: str | None = None
-    """Pre-trained weights: official .pt, diffusers directory or hub id, flexidit .safetensors, or a training .ckpt."""
+    """Pre-trained weights: official .pt or .pth, diffusers directory or hub id, flexidit .safetensors, or a training
+    .ckpt."""
 
-    def build(self) -> nn.Module:
+    def build(self) -> FlexiTransformer:
         """The model, with the checkpoint's weights if one is named.
 
         Raises:
             ValueError: neither a variant nor a checkpoint, or a checkpoint of another model than the variant.
         """
-        from flexidit.checkpoint import load_checkpoint
         from flexidit.variants import create_model, variant_config
 
         if self.variant is None and self.checkpoint is None:
@@ -40,17 +49,44 @@ class TargetSettings:
         if self.checkpoint is None:
             assert self.variant is not None
             return create_model(self.variant, **self.overrides)
-        expected = None if self.variant is None else variant_config(self.variant, **self.overrides)
-        # Official weights do not tell their number of heads, unless their width is a published one.
-        model = load_checkpoint(self.checkpoint, num_heads=expected.num_heads if expected else None)
+        if self.variant is None:
+            return self._load(None)
+        return self._load(variant_config(self.variant, **self.overrides))
+
+    def _load(self, expected: TransformerConfig | None) -> FlexiTransformer:
+        from flexidit.checkpoint import load_checkpoint
+
+        assert self.checkpoint is not None
+        model = load_checkpoint(self.checkpoint, **_untold(expected))
         if expected is not None:
-            for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_classes"):
-                given, wanted = getattr(model.config, name), getattr(expected, name)
-                if given != wanted:
-                    raise ValueError(
-                        f"{self.checkpoint} has {name}={given}, but target.variant and target.overrides say {wanted}"
-                    )
+            self._check(model.config, expected)
+        elif set(self.overrides) - {"class_dropout_prob"}:
+            raise ValueError(
+                f"target.overrides {', '.join(self.overrides)} change a variant: give target.variant too, or leave "
+                "them out and take the model that target.checkpoint holds"
+            )
+        if "class_dropout_prob" in self.overrides:  # of training, not of the weights
+            model.config = replace(model.config, class_dropout_prob=self.overrides["class_dropout_prob"])
         return model.train()
+
+    def _check(self, found: TransformerConfig, expected: TransformerConfig) -> None:
+        if type(found) is not type(expected):
+            kinds = (type(config).__name__.removesuffix("Config") for config in (found, expected))
+            raise ValueError("{} holds a {}, but target.variant is a {}".format(self.checkpoint, *kinds))
+        for name in _COMPARED:
+            given, wanted = getattr(found, name, None), getattr(expected, name, None)
+            if given != wanted:
+                raise ValueError(
+                    f"{self.checkpoint} has {name}={given}, but target.variant and target.overrides say {wanted}"
+                )
+
+
+def _untold(expected: TransformerConfig | None) -> dict[str, Any]:
+    """What the shapes of weights do not tell, or not in all layouts; flexidit's own files need none of it."""
+    if expected is None:
+        return {}
+    names = ("num_heads", "input_size", "caption_length") if isinstance(expected, TextDiTConfig) else ("num_heads",)
+    return {name: getattr(expected, name) for name in names}
 
 
 @dataclass
@@ -66,7 +102,8 @@ class FlexSettings:
     size_norms: bool = True
     """Weak sizes scale and shift the layer norms (shared recipe)."""
     positions: Positions = "coords"
-    """Where a weak patch sits: at the coordinates of its centre ("coords") or at its index ("grid")."""
+    """Where a weak patch sits: at the coordinates of its centre ("coords"), of its first base patch ("corners", which
+    diffusers' PixArt can express), or at its index ("grid")."""
     rank: int = 32
     """Rank of the adapters (lora recipe)."""
     alpha: float | None = None
@@ -120,6 +157,12 @@ class OptimizerSettings:
             return warm * 0.5 * (1.0 + math.cos(math.pi * progress))
 
         return factor
+
+
+ADAPTERS = FlexSettings(recipe="lora")
+"""Of distillation: rank 32 (Table 5). As a default value, so that a config may change one of its fields alone."""
+TABLE_5 = OptimizerSettings(lr=8e-4, weight_decay=1e-2)
+"""Of distillation, likewise."""
 
 
 @dataclass

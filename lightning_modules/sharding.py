@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from flexidit.models.dit import DiT
+from flexidit.models import FlexiTransformer
 
 
-def shard(model: DiT, mesh: DeviceMesh) -> None:
+def shard(model: FlexiTransformer, mesh: DeviceMesh) -> None:
     """Shard parameters, gradients and optimizer state, in place: one group a block, one for the rest.
 
     Comes last: activation checkpointing and the blocks' compilation must be in place. No mixed-precision policy: with

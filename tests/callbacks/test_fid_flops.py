@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.ema import EMA
 from callbacks.fid_flops import FIDFlops, scalars
+from datamodules.captioned_digits import CaptionedDigitsDataModule
 from flexidit import create_model, flexify
 from flexidit.latents import PixelCodec
 from flexidit.metrics import digit_classifier
@@ -143,6 +144,59 @@ def test_a_reference_file_and_a_limit(tmp_path: Path) -> None:
     assert distances["val"] != distances["train"]
     make_trainer(tmp_path, limited := curve(reference_samples=6)).validate(Toy(), datamodule=Data(), verbose=False)
     assert limited._loaded_reference is not None and limited._loaded_reference.statistics.count == 6
+
+
+class Captioned(LightningModule):
+    """A tiny flexible model of captions of 8x8 digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"input_size": 8, "in_channels": 1, "depth": 1, "hidden_size": 16, "num_heads": 2}
+        self.model, self.codec = flexify(create_model("TextDiT-Tiny/2", **sizes), [4]), PixelCodec(1)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        pass
+
+
+class Corner(Projection):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels[:, :, :4, :4])
+
+
+def test_captions_are_those_of_validation_or_prompts(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a bold seven\na thin one\n")
+    conditions = []
+    for name, given in (("val", {}), ("prompts", {"prompts": str(tmp_path / "prompts.txt")})):
+        callback = FIDFlops(Corner(), budgets=(1.0, 0.8), num_samples=5, num_sampling_steps=4, batch_size=4, **given)
+        trainer = make_trainer(tmp_path / name, callback)
+        trainer.validate(Captioned(), datamodule=CaptionedDigitsDataModule(batch_size=8), verbose=False)
+        points = points_in(tmp_path / name)
+        assert [p.budget for p in points] == [1.0, 0.8]
+        conditions.append(points[0].conditions)
+    assert conditions[0].startswith("CaptionedDigitsDataModule val (8 prompts")
+    assert conditions[1].startswith("prompts (2 prompts")
+
+
+class RawData(Data):
+    """Pixels that the model's latents are still to be made of: here, by halving."""
+
+    def batches(self, count: int) -> DataLoader[Any]:
+        x = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        items = [{"x": image * 2, "y": torch.tensor(0), "index": i, "epoch": 0} for i, image in enumerate(x)]
+        return DataLoader(items, batch_size=4)
+
+    def encode_images(self, batch: dict[str, Any]) -> Tensor:
+        return batch["x"] / 2
+
+
+def test_raw_images_of_the_run_are_encoded_before_they_are_decoded(tmp_path: Path) -> None:
+    distances = []
+    for data in (Data(), RawData()):
+        trainer = make_trainer(tmp_path, curve())
+        trainer.validate(Toy(), datamodule=data, verbose=False)
+        distances.append(trainer.callback_metrics["val/fid@1"].item())
+    assert distances[0] == pytest.approx(distances[1])
 
 
 def test_the_runs_data_need_a_datamodule(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from callbacks.ema import EMA
-from callbacks.sample_grid import SampleGrid
+from callbacks.sample_grid import SampleGrid, with_legend
+from datamodules.captioned_digits import CaptionedDigitsDataModule
 from flexidit import create_model, flexify
 from flexidit.latents import PixelCodec
 
@@ -103,6 +104,56 @@ def test_training_does_not_notice(tmp_path: Path) -> None:
     assert watched.drawn == plain.drawn
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), plain.parameters(), strict=True))
     assert watched.model.training
+
+
+class TextToy(LightningModule):
+    """A tiny flexible model of captions; without a null caption of its own if asked."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        sizes = {"input_size": 8, "in_channels": 1, "depth": 1, "hidden_size": 16, "num_heads": 2}
+        target = create_model("TextDiT-Tiny/2", **sizes, **options)
+        for parameter in target.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        self.model, self.codec = flexify(target, patch_sizes=[4], recipe="lora", rank=2), PixelCodec(1)
+
+
+def text_rows(root: Path, callback: SampleGrid, **options: Any) -> list[Tensor]:
+    trainer = Trainer(default_root_dir=root, logger=False, accelerator="cpu")
+    trainer.datamodule = CaptionedDigitsDataModule()  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    return [row.images for row in callback.sample_rows(trainer, TextToy(**options))]
+
+
+def test_captions_are_drawn_the_same_each_time_and_matter(tmp_path: Path) -> None:
+    callback = grid(budgets=(1.0, 0.8), num_columns=3)
+    rows = text_rows(tmp_path, callback)
+    assert [row.shape for row in rows] == [(3, 1, 8, 8)] * 2
+    assert all(torch.equal(ours, again) for ours, again in zip(rows, text_rows(tmp_path, callback), strict=True))
+    assert callback._column_names() == ["1", "2", "3"]
+    assert callback._legend() == []  # their texts are not in the batches
+    seven = text_rows(tmp_path, grid(prompts=["a bold seven"]))
+    assert not torch.equal(seven[0], text_rows(tmp_path, grid(prompts=["a thin one"]))[0])
+
+
+def test_prompts_are_named_below_the_picture(tmp_path: Path) -> None:
+    callback = grid(prompts=["a bold seven", "a thin one"], num_per_class=2)
+    assert text_rows(tmp_path, callback)[0].shape == (4, 1, 8, 8)
+    assert callback._column_names() == ["1", "1", "2", "2"]
+    assert callback._legend() == ["1   a bold seven", "2   a thin one"]
+
+
+def test_a_model_without_a_null_caption_is_guided_away_from_the_data_s(tmp_path: Path) -> None:
+    assert text_rows(tmp_path, grid(cfg_scale=3.0), null_caption=False)[0].isfinite().all()
+
+
+def test_a_legend_adds_lines_below_and_leaves_the_picture() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 300, 3), dtype=np.uint8))
+    assert with_legend(picture, []) is picture
+    whole = with_legend(picture, ["1   a bold seven", "2   a thin one"])
+    assert whole.width == 300 and whole.height > 80
+    assert np.array_equal(np.asarray(whole)[:40], np.asarray(picture))
+    assert (np.asarray(whole)[40:] < 255).any()
 
 
 def test_labels_spread_over_the_classes() -> None:

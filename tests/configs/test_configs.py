@@ -116,6 +116,21 @@ def test_the_xl_recipe_is_table_4(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (sampled["solver"], sampled["num_sampling_steps"]) == ("ddpm", 250)
 
 
+@pytest.mark.parametrize(("name", "rank"), [("pixart_256", 32), ("pixart_1024", 32), ("emu", 64)])
+def test_the_text_to_image_recipes_are_table_5(name: str, rank: int, capsys: pytest.CaptureFixture[str]) -> None:
+    path, ddp = CONFIGS / "text_to_image" / f"{name}.yaml", CONFIGS / "trainer" / "ddp.yaml"
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(path), "-c", str(ddp), "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    model, trainer = config["model"]["init_args"], config["trainer"]
+    assert (model["optimizer"]["lr"], model["optimizer"]["weight_decay"]) == (8e-4, 1e-2)
+    assert (model["flex"]["recipe"], model["flex"]["rank"], trainer["gradient_clip_val"]) == ("lora", rank, 0.02)
+    average = next(c["init_args"] for c in trainer["callbacks"] if c["class_path"] == "callbacks.ema.EMA")
+    assert (average["decay"], average["every_n_steps"]) == (0.9999, 1)
+    batch_size = config["data"]["init_args"]["batch_size"]
+    assert batch_size * trainer["devices"] * trainer["accumulate_grad_batches"] == 512
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
 def test_a_recipe_s_model_exists(path: Path) -> None:
     settings = TargetSettings(**yaml.safe_load(path.read_text())["model"]["init_args"]["target"])
@@ -128,14 +143,21 @@ def test_a_recipe_s_model_exists(path: Path) -> None:
         assert 20e6 < sum(p.numel() for p in model.parameters()) < 35e6
 
 
-def test_the_quick_start_s_recipes_follow_one_another() -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "folder"),
+    [
+        ("pretraining", "class_conditional", "runs/quickstart_class_conditional"),
+        ("text_to_image_pretrain", "text_to_image_distill", "runs/quickstart_text_to_image_distill"),
+    ],
+)
+def test_the_quick_start_s_recipes_follow_one_another(first: str, second: str, folder: str) -> None:
     short = [
         "--trainer.max_steps=2",
         "--trainer.accelerator=cpu",
         "--trainer.callbacks.init_args.every_n_train_steps=2",
     ]
-    for name in ("pretraining", "class_conditional"):
+    for name in (first, second):
         assert main(["fit", "-c", str(CONFIGS / "quickstart" / f"{name}.yaml"), *short]) == 0
-    student = load_checkpoint("runs/quickstart_class_conditional/checkpoints/last.ckpt")
+    student = load_checkpoint(f"{folder}/checkpoints/last.ckpt")
     assert [size.name for size in student.patch_sizes] == ["1x2x2", "1x4x4"]
-    assert list(Path("runs/quickstart_class_conditional/samples").glob("*.png"))
+    assert list(Path(f"{folder}/samples").glob("*.png"))

@@ -1,4 +1,4 @@
-"""Small training runs: a tiny transformer on the real digits."""
+"""Small training runs: tiny transformers of labels and of captions on the real digits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from torch import nn
 
+from datamodules.captioned_digits import CaptionedDigitsDataModule
 from datamodules.digits import DigitsDataModule
+from flexidit import create_model
+from flexidit.checkpoint import save_checkpoint
 from lightning_modules.settings import TargetSettings
 
-OVERRIDES = {"input_size": 8, "in_channels": 1, "num_classes": 10, "depth": 2, "hidden_size": 32, "num_heads": 2}
+SIZES = {"input_size": 8, "in_channels": 1, "depth": 2, "hidden_size": 32, "num_heads": 2}
+OVERRIDES = {**SIZES, "num_classes": 10}
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +26,37 @@ def tiny() -> TargetSettings:
     return TargetSettings("DiT-Tiny/2", OVERRIDES)
 
 
+@pytest.fixture(scope="session")
+def tiny_text() -> TargetSettings:
+    return TargetSettings("TextDiT-Tiny/2", SIZES)
+
+
+@pytest.fixture
+def make_target(tmp_path: Path, randomised: Callable[..., nn.Module]) -> Callable[..., TargetSettings]:
+    """Weights of a model that predicts something: a fresh one outputs zero, and stops most gradients."""
+
+    def make(variant: str = "TextDiT-Tiny/2", name: str = "target", seed: int = 0, **overrides: Any) -> TargetSettings:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # the null caption is drawn, and does not train
+            model = randomised(create_model(variant, **{**SIZES, **overrides}), seed=seed)
+        return TargetSettings(checkpoint=str(save_checkpoint(model, tmp_path / f"{name}.safetensors")))
+
+    return make
+
+
 @pytest.fixture
 def fit(tmp_path: Path) -> Callable[..., pl.Trainer]:
-    """Fit a module for some steps; returns the trainer."""
+    """Fit a module for some steps, to digits with labels or with captions; returns the trainer."""
 
-    def run(module: pl.LightningModule, max_steps: int = 3, batch_size: int = 16, **options: Any) -> pl.Trainer:
+    def run(
+        module: pl.LightningModule,
+        max_steps: int = 3,
+        batch_size: int = 16,
+        data: pl.LightningDataModule | None = None,
+        ckpt_path: Path | None = None,
+        has_captions: bool = False,
+        **options: Any,
+    ) -> pl.Trainer:
         defaults: dict[str, Any] = {
             "logger": False,
             "enable_checkpointing": False,
@@ -41,7 +73,8 @@ def fit(tmp_path: Path) -> Callable[..., pl.Trainer]:
             use_distributed_sampler=False,
             **{**defaults, **options},
         )
-        trainer.fit(module, DigitsDataModule(batch_size=batch_size))
+        kind = CaptionedDigitsDataModule if has_captions else DigitsDataModule
+        trainer.fit(module, data or kind(batch_size=batch_size), ckpt_path=ckpt_path)
         return trainer
 
     return run

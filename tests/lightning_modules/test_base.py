@@ -65,11 +65,11 @@ def test_the_loss_falls_on_a_repeated_batch(tiny: TargetSettings) -> None:
     judge = SampleDraws(0, "test", 0, range(16))
 
     def judged() -> list[float]:
-        return [module.diffusion_loss(batch, size, judge).item() for size in module.model.patch_sizes]
+        return [module.loss(batch, size, judge).item() for size in module.model.patch_sizes]
 
     before = judged()
     for step in range(60):
-        loss = module.diffusion_loss(batch, module.patch_size_at(step), SampleDraws(0, "train", step, range(16)))
+        loss = module.loss(batch, module.patch_size_at(step), SampleDraws(0, "train", step, range(16)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -109,9 +109,9 @@ def test_all_micro_batches_of_a_step_share_its_patch_size(tiny: TargetSettings, 
     sizes: list[tuple[int, PatchSize]] = []
 
     class Watched(Pretraining):
-        def diffusion_loss(self, batch: Any, patch_size: PatchSize, draws: SampleDraws) -> Tensor:
+        def loss(self, batch: Any, patch_size: PatchSize, draws: SampleDraws) -> Tensor:
             sizes.append((self.global_step, patch_size))
-            return super().diffusion_loss(batch, patch_size, draws)
+            return super().loss(batch, patch_size, draws)
 
     module = Watched(tiny, FlexSettings([4]))
     fit(module, max_steps=8, accumulate_grad_batches=3)

@@ -44,7 +44,7 @@ def test_a_sample_keeps_its_draws_however_the_batch_is_split() -> None:
     whole, part = draws(range(8)), draws(places(0, 4, rank=1, world_size=2))
     x = torch.empty(8, 2, 3, 3, dtype=torch.float64)
     assert torch.equal(whole.noise_like(x)[1::2], part.noise_like(x[:4]))
-    assert torch.equal(whole.timesteps(1000, CPU)[1::2], part.timesteps(1000, CPU))
+    assert torch.equal(whole.timesteps(range(1000), CPU)[1::2], part.timesteps(range(1000), CPU))
     assert torch.equal(whole.dropped(0.5, CPU)[1::2], part.dropped(0.5, CPU))
 
 
@@ -65,9 +65,14 @@ def test_seeds_streams_and_steps_draw_differently(other: dict[str, int | str]) -
 
 def test_draws_have_the_distributions_they_claim() -> None:
     many = draws(range(4000))
-    t, noise = many.timesteps(1000, CPU), many.noise_like(torch.empty(4000, 16, dtype=torch.float64))
+    t, noise = many.timesteps(range(1000), CPU), many.noise_like(torch.empty(4000, 16, dtype=torch.float64))
     assert (t.min(), t.max()) >= (0, 990)
     assert t.double().mean().item() == pytest.approx(499.5, abs=18)  # 4 standard errors
     assert many.dropped(0.1, CPU).double().mean().item() == pytest.approx(0.1, abs=0.02)
     assert noise.mean().item() == pytest.approx(0, abs=0.016)
     assert noise.var().item() == pytest.approx(1, abs=0.023)
+
+
+def test_timesteps_stay_in_their_range_and_fill_it() -> None:
+    times = draws(range(4000)).timesteps(range(400, 600), CPU)
+    assert sorted(set(times.tolist())) == list(range(400, 600))

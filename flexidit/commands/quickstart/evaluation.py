@@ -6,19 +6,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from datamodules.digits import load_digit_images
+from flexidit.commands.quickstart.recipe import Recipe
 from flexidit.commands.quickstart.settings import QuickstartSettings
+from flexidit.digit_images import load_digit_images
 from flexidit.flops import schedule_cost
 from flexidit.latents import PixelCodec
 from flexidit.metrics.curve import Candidate, Evaluation, Reference, SamplingSettings
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.digit_classifier import DigitClassifier, train_digit_classifier
 from flexidit.metrics.frechet import FeatureStatistics, Gaussian
-from flexidit.models.dit import DiT
+from flexidit.models import FlexiTransformer
 from flexidit.sampling.schedule import PatchSchedule
 
 
@@ -39,7 +41,8 @@ class Judge:
         classifier = train_digit_classifier(x, y, settings.seed)
         features = classifier.features(x)
         reference = _gaussian(features, classifier)
-        draws = [_balanced_draw(y, settings.num_samples, seed) for seed in range(settings.num_seeds)]
+        draw = _random_draw if settings.has_captions else _balanced_draw
+        draws = [draw(y, settings.num_samples, seed) for seed in range(settings.num_seeds)]
         floor = fmean(_gaussian(features[rows], classifier).distance(reference) for rows in draws)
         return cls(classifier, reference, floor, len(x))
 
@@ -51,13 +54,18 @@ def _balanced_draw(y: Tensor, num_samples: int, seed: int) -> Tensor:
     return torch.stack([by_class[i % 10][i // 10] for i in range(num_samples)])
 
 
+def _random_draw(y: Tensor, num_samples: int, seed: int) -> Tensor:
+    """The images whose captions samples are asked for."""
+    return torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:num_samples]
+
+
 def _gaussian(features: Tensor, classifier: DigitClassifier) -> Gaussian:
     statistics = FeatureStatistics()
     statistics.update(features)
     return statistics.gaussian(classifier.fingerprint)
 
 
-def schedules(student: DiT, settings: QuickstartSettings) -> list[Candidate]:
+def schedules(student: FlexiTransformer, settings: QuickstartSettings) -> list[Candidate]:
     """Weak first from full budget to all-weak; weak last and fewer steps at some of these costs."""
     powerful, weak, steps = settings.patch_size, settings.weak_patch_size, settings.num_sampling_steps
     full = schedule_cost(student, PatchSchedule.constant(powerful, steps)).total
@@ -82,18 +90,19 @@ def schedules(student: DiT, settings: QuickstartSettings) -> list[Candidate]:
     ]
 
 
-def measure(student: DiT, judge: Judge, settings: QuickstartSettings, file: Path) -> Iterator[list[CurvePoint]]:
+def measure(student: FlexiTransformer, judge: Judge, recipe: Recipe[Any], file: Path) -> Iterator[list[CurvePoint]]:
     """All points so far, after each new one; points that ``file`` has already are not measured again."""
     done, points = read_csv(file), []
-    for seed in range(settings.num_seeds):
-        evaluation = _evaluation(student, judge, settings, seed)
-        for point in evaluation.curve(schedules(student, settings), done):
+    for seed in range(recipe.settings.num_seeds):
+        evaluation = _evaluation(student, judge, recipe, seed)
+        for point in evaluation.curve(schedules(student, recipe.settings), done):
             points.append(point)
             write_csv([*points, *(p for p in done if p not in points)], file)
             yield points
 
 
-def _evaluation(student: DiT, judge: Judge, settings: QuickstartSettings, seed: int) -> Evaluation:
+def _evaluation(student: FlexiTransformer, judge: Judge, recipe: Recipe[Any], seed: int) -> Evaluation:
+    settings = recipe.settings
     return Evaluation(
         model=student,
         codec=PixelCodec(channels=1),
@@ -106,7 +115,8 @@ def _evaluation(student: DiT, judge: Judge, settings: QuickstartSettings, seed: 
             seed=seed,
         ),
         full_steps=settings.num_sampling_steps,
-        classifier=judge.classifier.logits,
+        conditions=recipe.conditions(seed),
+        judges=recipe.judges(judge),
         model_name="quick start student",
     )
 

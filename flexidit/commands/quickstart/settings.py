@@ -11,7 +11,12 @@ import yaml
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """A small class-conditional transformer on 8x8 digits, in pixels; sizes that two CPU cores manage in minutes."""
+    """A small transformer on 8x8 digits, in pixels; sizes that two CPU cores manage in minutes."""
+
+    recipe = ""
+    """Name on the command line."""
+    has_captions = False
+    """Whether samples are asked for, and judged, by captions."""
 
     seed: int = 0
     hidden_size: int = 128
@@ -24,12 +29,6 @@ class QuickstartSettings:
 
     pretraining_steps: int = 1400
     pretraining_lr: float = 3e-3
-
-    fine_tuning_steps: int = 900
-    fine_tuning_lr: float = 1e-3
-    mmd_weight: float = 0.1
-    mmd_start_step: int = 450
-    mmd_every_n_steps: int = 4
 
     num_sampling_steps: int = 50
     cfg_scale: float = 1.5
@@ -48,7 +47,6 @@ class QuickstartSettings:
         return {
             "input_size": 8,
             "in_channels": 1,
-            "num_classes": 10,
             "patch_size": self.patch_size,
             "hidden_size": self.hidden_size,
             "depth": self.depth,
@@ -57,7 +55,39 @@ class QuickstartSettings:
 
     def to_yaml(self) -> str:
         """All fields."""
-        return yaml.safe_dump({key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()})
+        fields = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return yaml.safe_dump({"recipe": self.recipe, **fields})
+
+
+@dataclass(frozen=True)
+class ClassConditionalSettings(QuickstartSettings):
+    """Full fine-tuning with the distribution-matching loss (paper, section 3.1 and appendix B.1)."""
+
+    recipe = "class-conditional"
+
+    fine_tuning_steps: int = 900
+    fine_tuning_lr: float = 1e-3
+    mmd_weight: float = 0.1
+    mmd_start_step: int = 450
+    mmd_every_n_steps: int = 4
+
+    def variant_overrides(self) -> dict[str, Any]:
+        """Fields of the model's config."""
+        return {**super().variant_overrides(), "num_classes": 10}
+
+
+@dataclass(frozen=True)
+class TextToImageSettings(QuickstartSettings):
+    """Captioned digits, and an adapter that is distilled from the model itself (paper, section 3.2)."""
+
+    recipe = "text-to-image"
+    has_captions = True
+
+    pretraining_steps: int = 2000
+    """Captions take longer to learn than classes."""
+    distillation_steps: int = 1000
+    distillation_lr: float = 6e-3
+    rank: int = 16
 
 
 def claim_folder(out: Path, settings: QuickstartSettings) -> None:

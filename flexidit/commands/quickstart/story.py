@@ -7,23 +7,25 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.digits import load_digit_images
 from flexidit import report
 from flexidit.commands.quickstart.evaluation import Judge, schedules, with_shared_ends
+from flexidit.commands.quickstart.recipe import Recipe
 from flexidit.commands.quickstart.settings import QuickstartSettings
 from flexidit.metrics.curve_points import CurvePoint
-from flexidit.models.dit import DiT
+from flexidit.models import FlexiTransformer
 from flexidit.pictures import GridRow, save_grid
 from flexidit.plots import plot_curve
 from flexidit.sampling.sampler import Sampler
 
 HEADINGS = ("saved by", "FLOPs", "steps of patch", "ms/image", "Frechet", "range", "class")
+CAPTION_HEADINGS = (*HEADINGS, "caption")
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ class Row:
     lowest: float
     highest: float
     accuracy: float
+    agreement: float | None
+    """Share of what captions say that the samples show; None without captions."""
 
     def cells(self) -> tuple[str, ...]:
-        """As :data:`HEADINGS` name them."""
+        """As :data:`HEADINGS` name them, or :data:`CAPTION_HEADINGS`."""
+        caption = () if self.agreement is None else (f"{self.agreement:.1%}",)
         return (
             self.series,
             f"{self.relative_flops:.0%}",
@@ -49,6 +54,7 @@ class Row:
             f"{self.frechet:.2f}",
             f"{self.lowest:.2f}-{self.highest:.2f}",
             f"{self.accuracy:.1%}",
+            *caption,
         )
 
 
@@ -70,7 +76,7 @@ def _key(point: CurvePoint) -> tuple[str, str]:
 
 
 def _row(points: list[CurvePoint]) -> Row:
-    distances = [p.frechet for p in points]
+    distances, agreements = [p.frechet for p in points], [p.agreement for p in points]
     return Row(
         series=points[0].series,
         relative_flops=points[0].relative_flops,
@@ -80,13 +86,18 @@ def _row(points: list[CurvePoint]) -> Row:
         lowest=min(distances),
         highest=max(distances),
         accuracy=fmean(p.accuracy or 0.0 for p in points),
+        agreement=None if None in agreements else fmean(a for a in agreements if a is not None),
     )
 
 
-def print_table(points: Sequence[CurvePoint], floor: float, console: Console) -> None:
+def _headings(recipe: Recipe[Any]) -> tuple[str, ...]:
+    return CAPTION_HEADINGS if recipe.settings.has_captions else HEADINGS
+
+
+def print_table(points: Sequence[CurvePoint], floor: float, recipe: Recipe[Any], console: Console) -> None:
     """The table, and what its numbers are."""
     grid = Table(title="Quality against compute", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in HEADINGS:
+    for name in _headings(recipe):
         grid.add_column(name, justify="left" if name == HEADINGS[0] else "right", no_wrap=True)
     previous = ""
     for row in rows(points):
@@ -106,56 +117,48 @@ def _what(point: CurvePoint) -> str:
     )
 
 
-def draw_samples(student: DiT, settings: QuickstartSettings, path: Path) -> Path:
+def draw_samples(student: FlexiTransformer, recipe: Recipe[Any], path: Path) -> Path:
     """One row per weak-first budget, all from the same noise, below a row of real digits."""
-    y = torch.arange(10)
-    grid = [GridRow(_one_real_digit_per_class(), "real", "scikit-learn's digits")]
+    settings = recipe.settings
+    y, real, columns = recipe.pictured()
+    grid = [GridRow(real, "real", "scikit-learn's digits")]
     for candidate in schedules(student, settings):
         if candidate.series == "weak first":
             sampler = Sampler(student, schedule=candidate.schedule, cfg_scale=settings.cfg_scale)
             images = sampler(y, generator=torch.Generator().manual_seed(settings.seed))
             grid.append(GridRow(images, f"{candidate.budget:.0%} of the FLOPs", str(candidate.schedule)))
-    title = "The same noise at several budgets: large patches first, small ones later"
-    return save_grid(grid, path, title, [str(label) for label in range(10)])
+    return save_grid(grid, path, "The same noise at several budgets: large patches first, small ones later", columns)
 
 
-def _one_real_digit_per_class() -> torch.Tensor:
-    x, y = load_digit_images()
-    return torch.stack([x[y == label][0] for label in range(10)])
-
-
-def draw_curve(points: Sequence[CurvePoint], floor: float, path: Path) -> Path:
+def draw_curve(points: Sequence[CurvePoint], floor: float, recipe: Recipe[Any], path: Path) -> Path:
     """Quality against FLOPs for the three ways to save."""
-    return plot_curve(with_shared_ends(points), path, "Real digits: how much compute can be saved?", floor)
+    return plot_curve(with_shared_ends(points), path, recipe.plot_title, floor)
 
 
-def write_report(
-    points: Sequence[CurvePoint], judge: Judge, drift: float, settings: QuickstartSettings, out: Path
-) -> Path:
+def write_report(points: Sequence[CurvePoint], judge: Judge, promise: str, recipe: Recipe[Any], out: Path) -> Path:
     """``report.html``: pictures, table, what was done, what it does not show."""
-    parts = _parts(points, judge, drift, settings, out)
-    return report.write_page(out / "report.html", "FlexiDiT on real handwritten digits", parts)
+    return report.write_page(
+        out / "report.html", "FlexiDiT on real handwritten digits", _parts(points, judge, promise, recipe, out)
+    )
 
 
-def _parts(
-    points: Sequence[CurvePoint], judge: Judge, drift: float, settings: QuickstartSettings, out: Path
-) -> Iterator[str]:
-    table = rows(points)
+def _parts(points: Sequence[CurvePoint], judge: Judge, promise: str, recipe: Recipe[Any], out: Path) -> Iterator[str]:
+    table, settings = rows(points), recipe.settings
     yield report.paragraph(_summary(table), "lead")
-    yield report.picture((out / "samples.png").read_bytes(), "samples of every class, one row per budget")
-    yield report.picture((out / "curve.png").read_bytes(), "Frechet distance against relative FLOPs")
+    yield report.picture((out / "samples.png").read_bytes(), "samples, one row per budget")
+    yield report.picture((out / "curve.png").read_bytes(), "quality against relative FLOPs")
     yield report.heading("The numbers")
-    yield report.table(HEADINGS, (row.cells() for row in table))
+    yield report.table(_headings(recipe), (row.cells() for row in table))
     yield report.paragraph(f"{_what(points[0])} As many real digits against all of them: {judge.floor:.2f}.")
     yield report.heading("What was done")
-    yield report.bullets(_steps(settings, drift))
+    yield report.bullets([*recipe.steps(), promise, _sampling(settings)])
     yield report.heading("What this does not show")
-    yield report.bullets(_limits(settings))
+    yield report.bullets([*recipe.limits(), *_limits(settings)])
     yield report.heading("Again, and further")
     yield report.preformatted(
-        "flexidit quickstart --out runs/quickstart          # the same table; what exists already is not done again\n"
-        f"flexidit sample {out}/student.safetensors --classes 3,7 --budget 0.6 --steps "
-        f"{settings.num_sampling_steps} --cfg-scale {settings.cfg_scale} --out runs/samples\n"
+        f"flexidit quickstart --recipe {settings.recipe} --out {out}     # again; what exists is not made again\n"
+        f"{recipe.example(out)} --budget 0.6 --steps {settings.num_sampling_steps} "
+        f"--cfg-scale {settings.cfg_scale} --out runs/samples\n"
         f"tensorboard --logdir {out}/tensorboard             # losses per patch size, the weak-powerful gap"
     )
     yield report.heading("Settings")
@@ -169,29 +172,25 @@ def _summary(table: Sequence[Row]) -> str:
     cheapest = min(good, key=lambda row: row.relative_flops)
     return (
         f"One small transformer, two patch sizes. With large patches first and small ones later it reaches a Frechet "
-        f"distance of {cheapest.frechet:.2f} at {cheapest.relative_flops:.0%} of the compute; at full compute "
-        f"it is {full.frechet:.2f}, with large patches only {first[-1].frechet:.2f}."
+        f"distance of {cheapest.frechet:.2f}{_in_agreement(cheapest)} at {cheapest.relative_flops:.0%} of the compute; "
+        f"at full compute it is {full.frechet:.2f}{_in_agreement(full)}, with large patches only "
+        f"{first[-1].frechet:.2f}{_in_agreement(first[-1])}."
     )
 
 
-def _steps(settings: QuickstartSettings, drift: float) -> list[str]:
-    weak, powerful = settings.weak_patch_size, settings.patch_size
-    return [
-        f"A class-conditional DiT ({settings.depth} layers, width {settings.hidden_size}) was trained on 8x8 pixels "
-        f"with patches of {powerful}x{powerful}: {settings.pretraining_steps} steps.",
-        f"It was flexified to patches of {weak}x{weak} too (recipe 'shared'). Before any training the student repeats "
-        f"the target at patch size {powerful}; the largest difference was {drift:.1e}.",
-        f"The student was fine-tuned for {settings.fine_tuning_steps} steps, one patch size per step, the distribution-"
-        f"matching loss of appendix B.1 from step {settings.mmd_start_step}.",
+def _in_agreement(row: Row) -> str:
+    return "" if row.agreement is None else f" (captions {row.agreement:.0%} true)"
+
+
+def _sampling(settings: QuickstartSettings) -> str:
+    return (
         f"Samples: DDPM with {settings.num_sampling_steps} steps and guidance {settings.cfg_scale}; the cost of a "
-        "schedule counts both predictions of every step.",
-    ]
+        "schedule counts both predictions of every step, captions included."
+    )
 
 
 def _limits(settings: QuickstartSettings) -> list[str]:
     return [
-        "Fewer steps save compute as well, and on images of 8x8 pixels they do as well as weak-first. On digits "
-        "upsampled to 16x16 they were found to win: there is no detail that large patches miss and small ones add.",
         "Milliseconds are those of this machine. Sequences of 4 and 16 tokens keep no processor busy, so time falls "
         "less than FLOPs; how closely it follows them depends on the model, the batch and the device.",
         f"The judge is a small classifier and {settings.num_samples} samples a seed: differences below the range over "
