@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,7 @@ from flexidit.metrics.curve import SamplingSettings, candidates, cost_per_image,
 from flexidit.metrics.prompts import ClassLabels, Prompts
 from flexidit.pictures import GridRow, draw_grid
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-_FONT_SIZE = 13  # of the legend
+_TITLE_LENGTH = 80  # characters of a caption above its column
 
 
 class SampleGrid(Callback):
@@ -29,7 +27,7 @@ class SampleGrid(Callback):
     alone: from row to row only the budget changes, from picture to picture only the weights. Every rank samples, as a
     sharded model needs; rank 0 writes.
 
-    Columns are classes, or captions: numbered, and written below the picture where their texts are known.
+    Columns are classes, or captions: by their texts where these are known, else by their numbers.
 
     Args:
         budgets: FLOPs of each row relative to the base patch size at every step; 1.0 is that itself.
@@ -105,7 +103,7 @@ class SampleGrid(Callback):
         if trainer.is_global_zero:
             how = f"{self.settings.solver}, {self.num_sampling_steps} steps, guidance {self.settings.cfg_scale:g}"
             title = f"step {step}: {how}, seed {self.settings.seed}"
-            picture = with_legend(draw_grid(rows, title, self._column_names()), self._legend())
+            picture = draw_grid(rows, title, self._column_names())
             folder.mkdir(parents=True, exist_ok=True)
             picture.save(folder / f"step_{step:08d}.png")
             for board in tensorboards(trainer):
@@ -143,13 +141,11 @@ class SampleGrid(Callback):
         return [place for place in range(count) for _ in range(self.num_per_class)]
 
     def _column_names(self) -> list[str]:
-        is_class = isinstance(self._conditions, ClassLabels)
-        return [str(chosen if is_class else chosen + 1) for chosen in self._chosen()]
-
-    def _legend(self) -> list[str]:
-        """The captions behind the numbers, where they are known."""
+        """Labels; captions where their texts are known, else their numbers."""
         texts = getattr(self._conditions, "texts", None)
-        return [f"{place + 1}   {texts[place]}" for place in dict.fromkeys(self._chosen())] if texts else []
+        if texts is not None:
+            return [textwrap.shorten(texts[place], _TITLE_LENGTH, placeholder=" ...") for place in self._chosen()]
+        return [str(chosen) for chosen in self._chosen()]
 
     def _labels(self, num_classes: int) -> list[int]:
         classes = self.classes
@@ -157,18 +153,3 @@ class SampleGrid(Callback):
             count = min(self.num_columns, num_classes)
             classes = [index * num_classes // count for index in range(count)]
         return [label for label in classes for _ in range(self.num_per_class)]
-
-
-def with_legend(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
-    """The picture with lines of text below it, each cut to its width."""
-    if not lines:
-        return picture
-    from PIL import Image, ImageDraw, ImageFont
-
-    font, pitch = ImageFont.load_default(_FONT_SIZE), _FONT_SIZE + 6
-    whole = Image.new("RGB", (picture.width, picture.height + pitch * (len(lines) + 1)), (255, 255, 255))
-    whole.paste(picture)
-    pen = ImageDraw.Draw(whole)
-    for row, line in enumerate(lines):
-        pen.text((24, picture.height + pitch * row), line, (112, 118, 128), font)
-    return whole
