@@ -49,7 +49,7 @@ class _PerSample:
         return type(self)(**{name: _apply(function, value) for name, value in values.items()})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Captions(_PerSample):
     """Embedded captions, padded to a common length.
 
@@ -83,7 +83,7 @@ class Captions(_PerSample):
         return replace(self, embeddings=F.pad(self.embeddings, (0, 0, 0, missing)), mask=F.pad(self.mask, (0, missing)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class CaptionKeys(_PerSample):
     """Captions as the cross-attention of one model reads them: constant over a sampling run, at every patch size."""
 

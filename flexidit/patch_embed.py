@@ -148,7 +148,7 @@ class PatchEmbed(_FlexiLayer):
     def forward(self, x: Tensor, *, patch_size: PatchSize) -> Tensor:
         weight, bias = self.weights(patch_size)
         stride = patch_size.as_tuple()
-        x = pad_to_patches(as_clip(x), patch_size)
+        x = pad_to_patches(as_clip(x), patch_size).to(weight.dtype)  # the diffusion around it may be more precise
         if x.shape[2] == 1:  # one frame: the 2-D kernel is several times faster than the 3-D one on CPU
             x = F.conv2d(x.squeeze(2), weight.squeeze(2), bias, stride[1:]).unsqueeze(2)
         else:

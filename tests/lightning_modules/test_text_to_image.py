@@ -22,6 +22,14 @@ def test_it_runs(make_target: MakeTarget, fit: Fit, weak: list[int | str]) -> No
     assert module.step_flops > 0
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_it_runs_in_any_precision(make_target: MakeTarget, fit: Fit, precision: str) -> None:
+    """Lightning converts batches itself, and refuses to write into what is frozen."""
+    module = TextToImage(make_target(), FlexSettings([4], recipe="lora", positions="corners"))
+    trainer = fit(module, has_captions=True, max_steps=2, precision=precision)
+    assert trainer.callback_metrics["train/loss"].isfinite()
+
+
 def test_a_model_of_labels_is_refused(make_target: MakeTarget) -> None:
     with pytest.raises(ValueError, match=r"the target is a DiT, which takes labels: .*Distillation"):
         TextToImage(make_target("DiT-Tiny/2")).configure_model()

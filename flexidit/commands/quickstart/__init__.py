@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         TextToImageSettings,
     )
     from flexidit.metrics.curve_points import CurvePoint
-    from flexidit.models import FlexiTransformer
 
 HELP = (
     "Train a small transformer on scikit-learn's real handwritten digits, make it flexible, train it further, and "
@@ -73,9 +72,9 @@ def tell(settings: QuickstartSettings, out: Path, *, quiet: bool = False) -> lis
     console, recipe = Console(), _recipe(settings)
     target = training.pretrain(recipe, out)
     student = load_checkpoint(training.tune(recipe, out, target))
-    judge = Judge.train(settings)
-    points = _measure(student, judge, recipe, out, console)
-    story.draw_samples(student, recipe, out / "samples.png")
+    judge, sampled = Judge.train(settings), recipe.sampled(student)
+    points = _measure(sampled, judge, recipe, out, console)
+    story.draw_samples(sampled, recipe, out / "samples.png")
     story.draw_curve(points, judge.floor, recipe, out / "curve.png")
     page = story.write_report(points, judge, recipe.promise(load_checkpoint(target), student), recipe, out)
     if not quiet:
@@ -94,9 +93,7 @@ def _recipe(settings: QuickstartSettings) -> Recipe[Any]:
     return ClassConditionalRecipe(cast("ClassConditionalSettings", settings))
 
 
-def _measure(
-    student: FlexiTransformer, judge: Judge, recipe: Recipe[Any], out: Path, console: object
-) -> list[CurvePoint]:
+def _measure(model: Any, judge: Judge, recipe: Recipe[Any], out: Path, console: object) -> list[CurvePoint]:
     """All points, with a progress bar."""
     from rich.progress import (
         BarColumn,
@@ -109,11 +106,11 @@ def _measure(
 
     from flexidit.commands.quickstart.evaluation import measure, schedules
 
-    total = len(schedules(student, recipe.settings)) * recipe.settings.num_seeds
+    total = len(schedules(model, recipe.settings)) * recipe.settings.num_seeds
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     points: list[CurvePoint] = []
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:  # type: ignore[arg-type]
         task = bar.add_task("measuring   ", total=total)
-        for points in measure(student, judge, recipe, out / "curve.csv"):
+        for points in measure(model, judge, recipe, out / "curve.csv"):
             bar.update(task, completed=len(points))
     return points

@@ -20,7 +20,6 @@ from flexidit.metrics.curve import Candidate, Evaluation, Reference, SamplingSet
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.digit_classifier import DigitClassifier, train_digit_classifier
 from flexidit.metrics.frechet import FeatureStatistics, Gaussian
-from flexidit.models import FlexiTransformer
 from flexidit.sampling.schedule import PatchSchedule
 
 
@@ -65,10 +64,10 @@ def _gaussian(features: Tensor, classifier: DigitClassifier) -> Gaussian:
     return statistics.gaussian(classifier.fingerprint)
 
 
-def schedules(student: FlexiTransformer, settings: QuickstartSettings) -> list[Candidate]:
+def schedules(model: Any, settings: QuickstartSettings) -> list[Candidate]:
     """Weak first from full budget to all-weak; weak last and fewer steps at some of these costs."""
     powerful, weak, steps = settings.patch_size, settings.weak_patch_size, settings.num_sampling_steps
-    full = schedule_cost(student, PatchSchedule.constant(powerful, steps)).total
+    full = schedule_cost(model, PatchSchedule.constant(powerful, steps)).total
 
     def two_sizes(num_weak: int, *, weak_first: bool) -> PatchSchedule:
         if num_weak in (0, steps):
@@ -77,7 +76,7 @@ def schedules(student: FlexiTransformer, settings: QuickstartSettings) -> list[C
         return make(num_steps=steps, weak_steps=num_weak, weak=weak, powerful=powerful)
 
     def share(schedule: PatchSchedule) -> float:
-        return schedule_cost(student, schedule).total / full
+        return schedule_cost(model, schedule).total / full
 
     first = [two_sizes(num_weak, weak_first=True) for num_weak in settings.weak_steps]
     last = [two_sizes(num_weak, weak_first=False) for num_weak in settings.compared_weak_steps]
@@ -90,21 +89,21 @@ def schedules(student: FlexiTransformer, settings: QuickstartSettings) -> list[C
     ]
 
 
-def measure(student: FlexiTransformer, judge: Judge, recipe: Recipe[Any], file: Path) -> Iterator[list[CurvePoint]]:
+def measure(model: Any, judge: Judge, recipe: Recipe[Any], file: Path) -> Iterator[list[CurvePoint]]:
     """All points so far, after each new one; points that ``file`` has already are not measured again."""
     done, points = read_csv(file), []
     for seed in range(recipe.settings.num_seeds):
-        evaluation = _evaluation(student, judge, recipe, seed)
-        for point in evaluation.curve(schedules(student, recipe.settings), done):
+        evaluation = _evaluation(model, judge, recipe, seed)
+        for point in evaluation.curve(schedules(model, recipe.settings), done):
             points.append(point)
             write_csv([*points, *(p for p in done if p not in points)], file)
             yield points
 
 
-def _evaluation(student: FlexiTransformer, judge: Judge, recipe: Recipe[Any], seed: int) -> Evaluation:
+def _evaluation(model: Any, judge: Judge, recipe: Recipe[Any], seed: int) -> Evaluation:
     settings = recipe.settings
     return Evaluation(
-        model=student,
+        model=model,
         codec=PixelCodec(channels=1),
         features=judge.classifier,
         reference=Reference(judge.reference, f"all {judge.num_images} real digits"),
@@ -113,6 +112,7 @@ def _evaluation(student: FlexiTransformer, judge: Judge, recipe: Recipe[Any], se
             batch_size=settings.sampling_batch_size,
             cfg_scale=settings.cfg_scale,
             seed=seed,
+            merged=True,
         ),
         full_steps=settings.num_sampling_steps,
         conditions=recipe.conditions(seed),

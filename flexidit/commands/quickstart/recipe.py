@@ -50,6 +50,10 @@ class Recipe(ABC, Generic[Settings]):
     def num_tuning_steps(self) -> int:
         """Of the second training."""
 
+    def sampled(self, student: FlexiTransformer) -> Any:
+        """The model that draws samples, and is priced."""
+        return student
+
     @abstractmethod
     def conditions(self, seed: int) -> Conditions:
         """What the samples of a seed are asked for."""

@@ -19,12 +19,11 @@ from flexidit.commands.quickstart.evaluation import Judge, schedules, with_share
 from flexidit.commands.quickstart.recipe import Recipe
 from flexidit.commands.quickstart.settings import QuickstartSettings
 from flexidit.metrics.curve_points import CurvePoint
-from flexidit.models import FlexiTransformer
 from flexidit.pictures import GridRow, save_grid
 from flexidit.plots import plot_curve
 from flexidit.sampling.sampler import Sampler
 
-HEADINGS = ("saved by", "FLOPs", "steps of patch", "ms/image", "Frechet", "range", "class")
+HEADINGS = ("saved by", "FLOPs", "steps of patch", "ms", "Frechet", "range", "class")
 CAPTION_HEADINGS = (*HEADINGS, "caption")
 
 
@@ -113,18 +112,18 @@ def _what(point: CurvePoint) -> str:
     return (
         f"Frechet distance in the features of a small classifier trained on the same digits, "
         f"{point.num_samples} samples against {point.reference}; mean and range over seeds. "
-        "Class: how often that classifier sees the digit that was asked for."
+        "Class: how often that classifier sees the digit that was asked for. ms: time of one image."
     )
 
 
-def draw_samples(student: FlexiTransformer, recipe: Recipe[Any], path: Path) -> Path:
+def draw_samples(model: Any, recipe: Recipe[Any], path: Path) -> Path:
     """One row per weak-first budget, all from the same noise, below a row of real digits."""
     settings = recipe.settings
     y, real, columns = recipe.pictured()
     grid = [GridRow(real, "real", "scikit-learn's digits")]
-    for candidate in schedules(student, settings):
+    for candidate in schedules(model, settings):
         if candidate.series == "weak first":
-            sampler = Sampler(student, schedule=candidate.schedule, cfg_scale=settings.cfg_scale)
+            sampler = Sampler(model, schedule=candidate.schedule, cfg_scale=settings.cfg_scale)
             images = sampler(y, generator=torch.Generator().manual_seed(settings.seed))
             grid.append(GridRow(images, f"{candidate.budget:.0%} of the FLOPs", str(candidate.schedule)))
     return save_grid(grid, path, "The same noise at several budgets: large patches first, small ones later", columns)

@@ -15,6 +15,7 @@ from flexidit.commands.quickstart.recipe import Recipe
 from flexidit.commands.quickstart.settings import TextToImageSettings
 from flexidit.conditions import Captions
 from flexidit.digit_images import load_digit_images
+from flexidit.merged import MergedModel
 from flexidit.metrics.digit_attributes import prompts, real_captions
 from flexidit.metrics.judges import DigitAgreement
 from flexidit.metrics.prompts import Prompts
@@ -86,10 +87,14 @@ class TextToImageRecipe(Recipe[TextToImageSettings]):
         """Of the distillation."""
         return self.settings.distillation_steps
 
+    def sampled(self, student: FlexiTransformer) -> MergedModel:
+        """The adapter merged into a copy, where it costs nothing."""
+        return MergedModel(student)
+
     def conditions(self, seed: int) -> Prompts:
         """Captions of real digits, drawn at random: other ones for each seed."""
         texts = prompts(self.settings.num_samples, seed)
-        return Prompts.encode(texts, self.encoder, name=f"captions of real digits, draw {seed}")
+        return Prompts.encode(texts, self.encoder, name="captions of real digits")
 
     def judges(self, judge: Judge) -> Sequence[Any]:
         """What measuring the samples confirms of their captions."""
