@@ -148,7 +148,9 @@ class TextImageDataModule(ImageDataModule):
         return super().expected() | {"text_encoder": text}
 
     def open_latents(self, root: str, expected: dict[str, Any], flip: bool) -> CaptionedLatents:
-        """Latents with caption embeddings."""
+        """Latents with caption embeddings; a text encoder was there to be compared only."""
+        if isinstance(self.text_encoder, TextEncoder):
+            self.text_encoder.release()
         return CaptionedLatents(
             root,
             expected=expected,

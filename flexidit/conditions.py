@@ -37,8 +37,8 @@ class _PerSample:
         return self._map(lambda tensor: tensor[rows])
 
     def to(self: Self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same on another device; from page-locked memory without waiting, which Lightning does not ask for."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking or tensor.is_pinned()))
 
     def pin_memory(self: Self) -> Self:
         """The same in page-locked memory, which data loaders ask for."""
@@ -116,9 +116,25 @@ def _join_objects(parts: list[Any]) -> Any:
 
 def choose(rows: Tensor, these: ConditionT, those: ConditionT) -> ConditionT:
     """``these`` where ``rows`` is True and ``those`` elsewhere: (N,) bool, N conditions each."""
-    count = len(rows)
-    place = torch.arange(count, device=rows.device)
-    return join([these, those])[torch.where(rows, place, place + count)]
+    if isinstance(these, Tensor):
+        return _where(rows, these, those)
+    return _choose_objects(rows, these, those)
+
+
+def _choose_objects(rows: Tensor, these: Any, those: Any) -> Any:
+    if isinstance(these, Captions):
+        length = max(these.num_tokens, those.num_tokens)
+        these, those = these.padded(length), those.padded(length)
+    pairs = {field.name: (getattr(these, field.name), getattr(those, field.name)) for field in fields(these)}
+    return type(these)(**{name: _where(rows, *pair) for name, pair in pairs.items()})
+
+
+def _where(rows: Tensor, these: Any, those: Any) -> Any:
+    if isinstance(these, tuple):
+        return tuple(_where(rows, a, b) for a, b in zip(these, those, strict=True))
+    if these is None or those is None:
+        return None
+    return torch.where(rows.view(-1, *[1] * (these.dim() - 1)), these, those)
 
 
 def _apply(function: Callable[[Tensor], Tensor], value: Any) -> Any:

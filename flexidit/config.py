@@ -80,7 +80,7 @@ class TransformerConfig:
         """The config of one patch size as a model of its own, whose patches stay where they are."""
         placement = self.flex.positions if self.flex else self.placement
         unit = self.position_unit or self.patch_size
-        is_own = patch_size == unit or placement == "grid" or not self.computes_positions
+        is_own = patch_size == unit or (placement == "grid" and self.computes_positions)
         if is_own:
             return replace(self, patch_size=patch_size, flex=None, position_unit=None, placement="coords")
         return replace(self, patch_size=patch_size, flex=None, position_unit=unit, placement=placement)
@@ -131,6 +131,8 @@ class TextDiTConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.position_table == "learned" and self.position_scale != 1:
+            raise ValueError(f"learned positions have no scale: position_scale must be 1, got {self.position_scale}")
         if self.micro_conditions and self.hidden_size % 3:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 3 for micro_conditions")
 

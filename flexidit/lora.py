@@ -75,7 +75,8 @@ def merged_copy(student: Model, patch_size: PatchSizeLike) -> Model:
     merged.size_embedder = nn.ParameterDict()
     for weak in flex.weak_patch_sizes:
         merged._buffers.pop(f"pos_embed_{weak.name}", None)
-    merged.pos_embed = nn.Parameter(student.positions(size, student.input_size).clone(), requires_grad=False)
+    if student.config.computes_positions:
+        merged.pos_embed = nn.Parameter(student.positions(size, student.input_size).clone(), requires_grad=False)
     merged.config = student.config.plain(size)
     return merged.requires_grad_(False)
 

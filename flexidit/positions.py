@@ -62,8 +62,9 @@ def interpolate_table(table: Tensor, grid: Sequence[int], rows: Tensor, columns:
     Bilinear, exact at whole coordinates; what lies outside takes the border.
     """
     down, across = (_linear_weights(c, size, table) for c, size in zip((rows, columns), grid, strict=True))
-    read = torch.einsum("ih,jw,hwd->ijd", down, across, table[0].unflatten(0, tuple(grid)))
-    return read.flatten(0, 1).unsqueeze(0)
+    with torch.autocast(table.device.type, enabled=False):  # as precise as the base size, which adds the table itself
+        lines = torch.einsum("ih,hwd->iwd", down, table[0].unflatten(0, tuple(grid)))
+        return torch.einsum("jw,iwd->ijd", across, lines).flatten(0, 1).unsqueeze(0)
 
 
 def _linear_weights(coords: Tensor, size: int, like: Tensor) -> Tensor:

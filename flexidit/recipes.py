@@ -174,8 +174,13 @@ def _both_ends(student: FlexiTransformer, size: PatchSize) -> dict[str, Tensor]:
         "x_embedder.proj.bias": bias,
         "final_layer.linear.weight": own_weight,
         "final_layer.linear.bias": own_bias,
-        "pos_embed": student.positions(size, student.input_size),
+        "pos_embed": plain_positions(student, size),
     }
+
+
+def plain_positions(student: FlexiTransformer, size: PatchSize) -> Tensor:
+    """``pos_embed`` of one patch size as a model of its own: computed for it, or the learned table as it is."""
+    return student.positions(size, student.input_size) if student.config.computes_positions else student.pos_embed
 
 
 def _add_size_vector(student: FlexiTransformer, size: PatchSize) -> None:

@@ -139,6 +139,10 @@ class TextEncoder:
             self.model.to(self.device)
         return self
 
+    def release(self) -> None:
+        """Free the weights, some 10 GB for T5-XXL in bfloat16; they are read again when they are needed."""
+        self.__dict__.pop("model", None)
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Captions:
         """Embeddings (N, L, E) in the encoder's dtype on the CPU, zero where hidden, with their mask (N, L)."""

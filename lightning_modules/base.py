@@ -234,6 +234,10 @@ class DiffusionModule(LightningModule):
         # A loss scaler (16-mixed) and clipping do not get along with the fused kernel, which unscales by itself.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         optimizer, schedule = settings.build(parameters, max_steps, fused=not scaled)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            from lightning_modules.sharding import start_moments
+
+            start_moments(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

@@ -67,6 +67,9 @@ class TargetSettings:
             )
         if "class_dropout_prob" in self.overrides:  # of training, not of the weights
             model.config = replace(model.config, class_dropout_prob=self.overrides["class_dropout_prob"])
+        # Adapters take the type of what they are added to, and in half precision small updates would be lost. What is
+        # computed in half is the trainer's precision.
+        model.float().reset_derived()
         return model.train()
 
     def _check(self, found: TransformerConfig, expected: TransformerConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -22,6 +23,23 @@ def shard(model: FlexiTransformer, mesh: DeviceMesh) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW its moments now, at zero and step 0, where it would make them at a parameter's first gradient.
+
+    A sharded checkpoint is loaded into the state of every parameter. For those that have none yet, as of a patch size
+    that was not drawn so far, PyTorch makes one up by a step: they would go on from step 1, and differ from the run
+    that was never interrupted.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group.get("fused") else "cpu"  # where AdamW itself has the counter
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:

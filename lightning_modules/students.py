@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch.utilities import rank_zero_only
 
 from flexidit.config import FlexConfig
@@ -42,11 +44,15 @@ def _check_student(found: FlexConfig, wanted: FlexSettings) -> None:
             f"{_names(found.weak_patch_sizes)}), the config asks for recipe {wanted.recipe!r} and {_names(sizes)}: "
             "make both agree"
         )
-    if found.recipe == "lora" and found.rank != wanted.rank:
-        raise ValueError(
-            f"target.checkpoint has adapters of rank {found.rank} already, the config asks for rank {wanted.rank}: "
-            "make both agree"
-        )
+    expected: dict[str, Any] = {"positions": wanted.positions}
+    if found.recipe == "lora":
+        expected |= {"rank": wanted.rank, "alpha": float(wanted.alpha or wanted.rank)}
+    for name, value in expected.items():
+        if getattr(found, name) != value:
+            raise ValueError(
+                f"target.checkpoint is flexible already, with {name} {getattr(found, name)}, and the config asks for "
+                f"{name} {value}: make both agree"
+            )
 
 
 def _names(sizes: set[PatchSize] | tuple[PatchSize, ...]) -> str:

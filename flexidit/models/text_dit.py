@@ -74,7 +74,7 @@ class TextDiT(FlexiTransformer):
         self.y_embedder = CaptionEmbedder(config.caption_channels, width, null_length)
         if config.micro_conditions:
             self.csize_embedder, self.ar_embedder = SizeEmbedder(width // 3), SizeEmbedder(width // 3)
-        num_tokens = config.patch_size.num_tokens(config.input_size)
+        num_tokens = (config.patch_size if config.computes_positions else self._unit).num_tokens(config.input_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width), requires_grad=not config.computes_positions)
         self.blocks = nn.ModuleList(
             TextDiTBlock(width, config.num_heads, config.mlp_ratio, qk_norm=config.qk_norm) for _ in range(config.depth)
@@ -116,7 +116,8 @@ class TextDiT(FlexiTransformer):
         (``lewei_scale``) and in diffusers (``interpolation_scale``).
         """
         axes = super().coordinates(patch_size, size)
-        own, configured = self._unit.grid(size)[1:], self._unit.grid(self.input_size)[1:]
+        unit = patch_size if self._placement == "grid" else self._unit
+        own, configured = unit.grid(size)[1:], unit.grid(self.input_size)[1:]
         each = zip(axes, configured, own, strict=True)
         rows, columns = (axis * (span / (count * self.config.position_scale)) for axis, span, count in each)
         return rows, columns
@@ -176,7 +177,7 @@ class TextDiT(FlexiTransformer):
         """Height, width and their ratio: (N, D)."""
         pixels = y.image_size
         if pixels is None:
-            sides = [side * self.config.pixels_per_latent for side in size]
-            pixels = torch.tensor([sides], device=y.mask.device).expand(len(y), -1)
+            sides = (float(side * self.config.pixels_per_latent) for side in size)  # filled on the device: no copy
+            pixels = torch.stack([torch.full((len(y),), side, device=y.mask.device) for side in sides], dim=1)
         ratio = pixels[:, :1] / pixels[:, 1:]
         return torch.cat([self.csize_embedder(pixels), self.ar_embedder(ratio)], dim=1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flexidit.config import TransformerConfig
+from flexidit.config import Positions, TransformerConfig
 from flexidit.layers import attention_masks, join_tokens, split_tokens
 from flexidit.patch_embed import PatchEmbed, unpatchify
 from flexidit.patch_size import PatchSize, PatchSizeLike
@@ -142,14 +142,20 @@ class FlexiTransformer(nn.Module):
     def positions(self, patch_size: PatchSize, size: Sequence[int]) -> Tensor:
         """(1, T, D); computed here only for a latent size other than the configured one, or from a learned table."""
         is_native = tuple(size) == self.input_size
+        if not self.config.computes_positions:
+            return self._read_positions(patch_size, size, is_native)
         if is_native and patch_size == self.base_patch_size:
             return self.pos_embed
-        if not self.config.computes_positions:
-            rows, columns = self.coordinates(patch_size, size)
-            return interpolate_table(self.pos_embed, self._unit.grid(self.input_size)[1:], rows, columns)
         if is_native:
             return getattr(self, f"pos_embed_{patch_size.name}")
         return self.computed_positions(patch_size, size)
+
+    def _read_positions(self, patch_size: PatchSize, size: Sequence[int], is_native: bool) -> Tensor:
+        """From a learned table, which is that of the unit's grid."""
+        if is_native and patch_size == self._unit:
+            return self.pos_embed
+        rows, columns = self.coordinates(patch_size, size)
+        return interpolate_table(self.pos_embed, self._unit.grid(self.input_size)[1:], rows, columns)
 
     def computed_positions(self, patch_size: PatchSize, size: Sequence[int]) -> Tensor:
         """Sines and cosines at the patches' coordinates: (1, T, D)."""
@@ -158,10 +164,13 @@ class FlexiTransformer(nn.Module):
 
     def coordinates(self, patch_size: PatchSize, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of the patches along height and width, in units of the base grid: (h,), (w,) float64."""
-        placement = self.config.flex.positions if self.config.flex else self.config.placement
         device = self.pos_embed.device
-        _, rows, columns = patch_centres(size, patch_size, self._unit, positions=placement, device=device)
+        _, rows, columns = patch_centres(size, patch_size, self._unit, positions=self._placement, device=device)
         return rows, columns
+
+    @property
+    def _placement(self) -> Positions:
+        return self.config.flex.positions if self.config.flex else self.config.placement
 
     @property
     def _unit(self) -> PatchSize:

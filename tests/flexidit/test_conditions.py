@@ -43,6 +43,14 @@ def test_choosing_takes_each_from_its_side() -> None:
     assert chosen.mask[0].tolist() == [True, False, False, False]
 
 
+def test_keys_are_chosen_block_by_block() -> None:
+    mask, rows = torch.ones(2, 3, dtype=torch.bool), torch.tensor([True, False])
+    these, those = (CaptionKeys((torch.randn(2, 3, 4), torch.randn(2, 3, 4)), mask) for _ in range(2))
+    chosen = choose(rows, these, those).keys_values
+    for own, a, b in zip(chosen, these.keys_values, those.keys_values, strict=True):
+        assert torch.equal(own, torch.stack([a[0], b[1]]))
+
+
 def test_keys_are_sliced_and_joined_block_by_block() -> None:
     keys = CaptionKeys((torch.randn(4, 3, 8), torch.randn(4, 3, 8)), torch.ones(4, 3, dtype=torch.bool))
     again = join([keys[:1], keys[torch.tensor([1, 2, 3])]])

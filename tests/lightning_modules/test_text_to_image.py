@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
+from flexidit import load_checkpoint
+from flexidit.checkpoint import save_checkpoint
 from lightning_modules import TextToImage
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
 
@@ -28,6 +33,18 @@ def test_it_runs_in_any_precision(make_target: MakeTarget, fit: Fit, precision: 
     module = TextToImage(make_target(), FlexSettings([4], recipe="lora", positions="corners"))
     trainer = fit(module, has_captions=True, max_steps=2, precision=precision)
     assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_of_a_base_in_half_precision_are_not(
+    tmp_path: Path, fit: Fit, make_target: MakeTarget, dtype: Any
+) -> None:
+    half = tmp_path / "half.safetensors"
+    save_checkpoint(load_checkpoint(str(make_target().checkpoint)).to(dtype), half)
+    module = TextToImage(TargetSettings(checkpoint=str(half)), FlexSettings([4], recipe="lora", positions="corners"))
+    fit(module, has_captions=True, max_steps=3, precision="bf16-mixed")
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32} and all(p.isfinite().all() for p in trained)
 
 
 def test_a_model_of_labels_is_refused(make_target: MakeTarget) -> None:

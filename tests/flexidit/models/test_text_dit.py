@@ -85,8 +85,7 @@ def test_merged_and_plain_copies_compute_what_the_student_does(
 ) -> None:
     student = flexify(make(randomised, **OPTIONS[options]), [4], "lora", rank=2, positions=positions)  # type: ignore[arg-type]
     randomised(student, seed=1)
-    sizes = [(8, 8)] if options == "emu" else [(8, 8), (12, 16)]  # a learned table is read anew at other sizes
-    for x in (torch.randn(2, 4, *size) for size in sizes):
+    for x in (torch.randn(2, 4, *size) for size in ((8, 8), (12, 16), (18, 16))):
         expected = student(x, T, y := captions(), patch_size=4)
         for model in (MergedModel(student), plain_copy(student, 4)):
             torch.testing.assert_close(model(x, T, y, patch_size=4), expected, atol=1e-5, rtol=1e-5)
@@ -161,6 +160,11 @@ def test_image_size_is_that_of_the_sample_unless_given(randomised: Randomise) ->
     expected = model(x, T, y, patch_size=2)
     assert torch.equal(model(x, T, given, patch_size=2), expected)
     assert not torch.allclose(model(x, T, other, patch_size=2), expected)
+
+
+def test_learned_positions_have_no_scale() -> None:
+    with pytest.raises(ValueError, match="position_scale must be 1, got 2.0"):
+        create_model("PixArt-XL/2-1024", position_table="learned")
 
 
 def test_qk_norm_makes_attention_blind_to_the_scale_of_queries(randomised: Randomise) -> None:
