@@ -110,6 +110,9 @@ class DiffusionModule(LightningModule):
         self.base_identity = identify_base(self.model, source)
         self.strict_loading = self.base_identity is None
         if self.compile_blocks:
+            # All blocks share the limit on graphs, 8: sizes times training, validation and sampling can be more.
+            limit = 8 * len(self.model.patch_sizes)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
             for block in self.model.blocks:
                 block.compile(dynamic=False)  # with None, the second patch size would get a slower symbolic graph
         if self._trainer is not None:
