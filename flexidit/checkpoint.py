@@ -199,13 +199,24 @@ def complete(found: Weights | Adapters, base: str | Path | None, path: Path) -> 
     return found
 
 
+def near(source: str | None, path: Path) -> str | None:
+    """A recorded path, which may be relative to the folder of the training: looked for from the file's folders up too.
+
+    Any file found so is compared by hash.
+    """
+    if source is None or Path(source).expanduser().exists():
+        return source
+    places = (folder / source for folder in path.resolve().parents)
+    return next((str(place) for place in places if place.exists()), source)
+
+
 def base_of(added: Adapters, given: str | Path | None, path: Path) -> dict[str, Tensor]:
     """The state dict of the base that was given, or of that which training had, if it is the same to the bit.
 
     Raises:
         FileNotFoundError, ValueError: it cannot be had, or is another; ``path`` is that of the adapters.
     """
-    source = given or added.base.source
+    source = given or near(added.base.source, path)
     if source is None:
         raise ValueError(f"{path} holds adapters only and does not say where their base is; give it (base=, --base)")
     told = {name: getattr(added.config, name) for name in ("num_heads", "input_size")}

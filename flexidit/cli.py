@@ -90,7 +90,10 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _sentence(error: Exception) -> str:
-    """The error in one line; an OSError's own text names the file."""
+    """The error in one line."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        reason = (error.strerror or type(error).__name__).lower()
+        return f"{error.filename} cannot be used ({reason}); give a path that can be read, or written to"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -145,5 +146,10 @@ def _apply(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def _cat(values: Sequence[Any]) -> Any:
     if isinstance(values[0], tuple):
-        return tuple(torch.cat(parts) for parts in zip(*values, strict=True))
-    return None if any(value is None for value in values) else torch.cat(list(values))
+        return tuple(map(_cat, zip(*values, strict=True)))
+    if any(value is None for value in values):
+        return None
+    kind = reduce(torch.promote_types, (value.dtype for value in values))
+    # autocast to float16 would refuse to join bfloat16 embeddings, or those with others
+    with torch.autocast(values[0].device.type, enabled=False):
+        return torch.cat([value.to(kind) for value in values])

@@ -160,6 +160,8 @@ def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any], whe
         ValueError: naming the first field that differs, and both values.
     """
     for name, (theirs, ours) in fingerprint_differences(found, expected).items():
+        if name.endswith("_sha256") and name.startswith("names_and"):
+            raise ValueError(f"the latents in {where} are of other images or captions: give another folder")
         raise ValueError(
             f"the latents in {where} were made with {name} = {theirs!r}, this run is configured for {ours!r}: "
             f"encode the images again, or configure the run as they were made"

@@ -128,7 +128,8 @@ def guidance_figure(points: Iterable[CurvePoint], title: str = "") -> Figure:
     for axes, measure in zip(panels, measures, strict=True):
         sweeps = [(_sweep(line, measure), colours[budget], series) for (series, budget), line in lines.items()]
         _draw_sweeps(axes, sweeps, measure)
-    names = [("FLOPs", _FAINT), *((f"\u25cf {100 * budget:.4g} %", colours[budget]) for budget in budgets)]
+    costs = {budget: fmean(point.relative_flops for point in points if point.budget == budget) for budget in budgets}
+    names = [("FLOPs", _FAINT), *((f"\u25cf {100 * costs[budget]:.3g} %", colours[budget]) for budget in budgets)]
     series = list(dict.fromkeys(name for name, _ in lines))
     named = [(f"   {_LINE_NAMES[_DASHES.get(name, '-')]}: {name}", _FAINT) for name in series]
     _write_key(figure, names + (named if len(series) > 1 else []))

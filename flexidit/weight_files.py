@@ -9,6 +9,7 @@ import argparse
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,11 @@ def load_pickle(path: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: the file is damaged, is none, or holds more than data.
     """
+    is_zip = check_pickle(path)
     try:
         # DiT's own training checkpoints hold the command line as a Namespace, which is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds objects that only running its code could rebuild, which is refused; "
@@ -90,6 +92,23 @@ def load_pickle(path: Path) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds a {type(values).__name__}, not a dictionary of tensors")
     return values
+
+
+def check_pickle(path: Path) -> bool:
+    """Whether a file is in the zip format of ``torch.save``, and not the older one; looks at its ends only.
+
+    Raises:
+        ValueError: it is neither, or cut short.
+    """
+    with path.open("rb") as file:
+        start = file.read(2)
+    if zipfile.is_zipfile(path):
+        return True
+    if start == b"PK":
+        raise ValueError(f"{path} is damaged: its end is missing; fetch it again, or take an earlier one")
+    if start[:1] != b"\x80":
+        raise ValueError(f"{path} is not a checkpoint: torch.save did not write it")
+    return False
 
 
 def save_pickle(state: Mapping[str, Tensor], path: Path) -> Path:

@@ -73,13 +73,17 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError, ValueError: in one sentence, on input that cannot be used or layouts that cannot hold it.
     """
     from flexidit.checkpoint import read_any
+    from flexidit.export import Adapters
 
     _check_arguments(args)
+    _check_not_overwritten(args.output, args.input, args.base)
     found = read_any(args.input, prefer_ema=not args.no_ema, num_heads=args.num_heads, input_size=args.input_size)
     if args.num_heads not in (None, found.config.num_heads):
         raise ValueError(
             f"{args.input} says num_heads={found.config.num_heads}, not {args.num_heads}; leave --num-heads out"
         )
+    if _wants_adapters(args) or isinstance(found, Adapters):
+        _check_not_overwritten(args.output, *_recorded_base(found, args.input))
     report = _convert_adapters(found, args) if _wants_adapters(args) else _convert_model(found, args)
     if report["warning"]:
         print(f"flexidit convert: {report['warning']}", file=sys.stderr)
@@ -102,6 +106,26 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"the {args.to} layout is one file that ends in {' or '.join(known)}, got {path}")
     if not known and (path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".ckpt")):
         raise ValueError(f"the {args.to} layout is a folder, got {path}")
+
+
+def _check_not_overwritten(output: Path, *sources: str | None) -> None:
+    """Refuse to write over what is read: nothing could bring it back.
+
+    Raises:
+        ValueError: the output is one of the sources.
+    """
+    for source in sources:
+        if source is not None and output.exists() and Path(source).exists() and output.samefile(source):
+            raise ValueError(f"{output} is what is read, and would be lost; give another output")
+
+
+def _recorded_base(found: Weights | Adapters, path: str) -> list[str]:
+    """Where adapters say that their base is, if it is a local file."""
+    from flexidit.checkpoint import near
+    from flexidit.export import Adapters
+
+    source = near(found.base.source, Path(path)) if isinstance(found, Adapters) else None
+    return [] if source is None else [source]
 
 
 def _convert_adapters(found: Weights | Adapters, args: argparse.Namespace) -> dict[str, Any]:

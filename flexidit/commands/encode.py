@@ -11,6 +11,7 @@ from pathlib import Path
 from flexidit.caption_shards import CaptionedLatents, encode_captioned_images
 from flexidit.captioned_images import find_captioned_images
 from flexidit.commands.sampling_setup import pick_device
+from flexidit.files import write_atomically
 from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeResult, EncodeSettings, encode_images
 from flexidit.latents import LatentCodec, PixelCodec
@@ -18,6 +19,8 @@ from flexidit.skips import SkipReport
 from flexidit.text import make_text_encoder
 
 Encode = Callable[..., EncodeResult]
+
+_SKIPPED = "skipped.jsonl"
 
 HELP = "turn images into shards of VAE latents with a fingerprint: labelled, in both flips, or with embedded captions"
 EXAMPLE = (
@@ -95,9 +98,16 @@ def run(args: argparse.Namespace) -> int:
     _ = codec.fingerprint  # a VAE that cannot be read is refused before the bar appears
     with _progress(enabled=not args.json) as on_progress:
         result = encode(codec, args.out, settings, on_progress)
+    _write_skips(result, args.out)
     written = None if args.captions is None else CaptionedLatents(args.out)
     print(json.dumps(_summary(result, args.out, written)) if args.json else _describe(result, args.out, written))
     return 0
+
+
+def _write_skips(result: EncodeResult, out: Path) -> None:
+    """Everything that was left out or cut, a line each: messages name the first few only."""
+    lines = [json.dumps(skip.as_dict()) + "\n" for skip in (*result.skips, *result.truncated)]
+    write_atomically(out / _SKIPPED, "".join(lines).encode())
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -182,6 +192,7 @@ def _describe(result: EncodeResult, out: Path, written: CaptionedLatents | None)
         )
     if len(result.skips):
         lines.append(result.skips.summary("item" if "text_encoder" in metadata.fingerprint else "image"))
+        lines.append(f"all of them: {out / _SKIPPED}")
     if len(result.truncated):
         lines.append(_describe_truncated(result.truncated))
     return "\n".join(lines)

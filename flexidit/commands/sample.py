@@ -136,8 +136,10 @@ def _plans(args: argparse.Namespace, loaded: LoadedModel) -> list[Plan]:
         if args.steps not in (None, len(schedule)):
             raise ValueError(f"--schedule has {len(schedule)} steps and --steps says {args.steps}; leave --steps out")
         return [Plan(schedule if powerful_steps is None else _with_guide(schedule, powerful_steps, base))]
-    budgets = parse_numbers(args.budget or "1.0", float, "--budget")
+    budgets = parse_numbers("1.0" if args.budget is None else args.budget, float, "--budget")
     num_steps = 250 if args.steps is None else args.steps
+    if num_steps < 1:
+        raise ValueError(f"--steps {num_steps} must be at least 1")
     plans = []
     for candidate in candidates(loaded.model, budgets, num_steps, weak=args.weak, merged=loaded.merged):
         schedule = candidate.schedule

@@ -109,7 +109,7 @@ def read_asked(args: argparse.Namespace, loaded: LoadedModel) -> Asked:
             for a model of text, no prompt at all.
     """
     if args.num_each < 1:
-        raise ValueError(f"--num-per-class {args.num_each} must be at least 1")
+        raise ValueError(f"--num-per-class or --num-per-prompt {args.num_each} must be at least 1")
     config = loaded.model.config
     if isinstance(config, TextDiTConfig):
         if args.classes is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,8 @@ def warn_of_cut(texts: Sequence[str], encoder: CaptionEncoder) -> None:
     """Say on standard error which prompts lose their ends."""
     for text, is_cut in zip(texts, encoder.truncated(texts), strict=True):
         if is_cut:
-            _warn(f"only the first {encoder.max_length} tokens are read of: {text}")
+            shown = textwrap.shorten(text, 80, placeholder=" ...")
+            _warn(f"only the first {encoder.max_length} tokens are read of: {shown}")
 
 
 def _recorded_words(recorded: Mapping[str, Any]) -> CaptionEncoder:

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from flexidit.weight_files import check_pickle
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
 
 _CONFIG = "configs/imagenet/class_conditional_xl2.yaml"
@@ -69,6 +70,33 @@ class CLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path and path not in _KEYWORDS and not Path(path).exists() and "://" not in path:
             raise FileNotFoundError(f"there is no checkpoint at {path}; 'last' continues the run of this config")
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the file here, for hyper-parameters, and ends in a traceback if it is damaged.
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and Path(path).is_file():
+            check_pickle(Path(path))
+        super()._parse_ckpt_path()
+
+    def before_fit(self) -> None:
+        """Neither write beside an earlier run's checkpoint nor continue from a damaged one."""
+        found, path = self._saved(), self.config_init["fit"].get("ckpt_path")
+        if found is not None and path is None:
+            raise ValueError(
+                f"{found} is of an earlier run: continue it with --ckpt_path last, or move it, or give other folders "
+                "to trainer.default_root_dir, the logger and the checkpoints"
+            )
+        if found is not None and path == "last" and found.is_file():
+            check_pickle(found)
+
+    def _saved(self) -> Path | None:
+        """What ``last`` would find."""
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if getattr(callback, "save_last", False) and folder and (Path(folder) / "last.ckpt").exists():
+                return Path(folder) / "last.ckpt"
+        return None
 
 
 def run(args: Sequence[str]) -> int:

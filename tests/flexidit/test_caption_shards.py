@@ -184,7 +184,7 @@ def test_other_captions_or_another_encoder_in_the_same_folder_are_refused(captio
     with pytest.raises(ValueError, match=r"text_encoder\.seed = 0, this run is configured for 1"):
         encode(captioned, latents, encoder=WordEncoder(8, 6, seed=1))
     (captioned / "n00000001" / "05.txt").write_text("something else")
-    with pytest.raises(ValueError, match="names_and_captions_sha256"):
+    with pytest.raises(ValueError, match="are of other images or captions"):
         encode(captioned, latents)
 
 

@@ -68,3 +68,11 @@ def test_a_mask_must_be_boolean_and_fit() -> None:
     for mask in (torch.ones(2, 3), torch.ones(2, 4, dtype=torch.bool)):
         with pytest.raises(ValueError, match="boolean mask"):
             Captions(torch.zeros(2, 3, 4), mask)
+
+
+def test_embeddings_of_other_types_join_under_any_autocast() -> None:
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    parts = [Captions(torch.ones(1, 2, 3, dtype=kind), mask) for kind in (torch.bfloat16, torch.float32)]
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert join(parts).embeddings.dtype == torch.float32
+        assert join(parts[:1] * 2).embeddings.dtype == torch.bfloat16

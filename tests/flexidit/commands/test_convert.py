@@ -352,3 +352,19 @@ def test_inputs_that_patches_do_not_divide_stay_out_of_diffusers(build: Build, t
     model = build(config={"input_size": (7, 7)})
     assert main(["convert", saved(model, tmp_path), str(tmp_path / "out"), "--to", "diffusers"]) == 2
     assert "takes whole patches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_is_read_is_never_written_over(
+    build: Build, recorded: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.safetensors"
+    save_checkpoint(build(), base)
+    student = flexify(load_checkpoint(base), [4], recipe="lora", rank=2)
+    source = tmp_path / "adapters.safetensors"
+    save_checkpoint(student, source, adapters_only=True, base_source=str(base))
+    target = base if recorded else source
+    before = target.read_bytes()
+    assert main(["convert", str(source), str(target), "--to", "flexidit", "--adapters-only"]) == 2
+    assert "would be lost" in capsys.readouterr().err
+    assert target.read_bytes() == before

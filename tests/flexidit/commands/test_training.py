@@ -159,3 +159,27 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"flexidit {command} -c " in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_not_written_beside(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning would write last-v1.ckpt, and all other commands would go on reading last.ckpt."""
+    assert fit("--trainer.max_steps=1") == 0
+    before = Path("ckpt/last.ckpt").read_bytes()
+    assert fit("--trainer.max_steps=1") == 2
+    assert "continue it with --ckpt_path last" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in Path("ckpt").iterdir()] == ["last.ckpt"]
+    assert Path("ckpt/last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("given", ["last", "ckpt/last.ckpt"])
+@pytest.mark.parametrize("content", [b"some text", b"", None], ids=["text", "empty", "cut"])
+def test_a_damaged_checkpoint_is_one_sentence(
+    given: str, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.max_steps=1") == 0
+    file = Path("ckpt/last.ckpt")
+    file.write_bytes(file.read_bytes()[:5000] if content is None else content)
+    capsys.readouterr()
+    assert fit("--trainer.max_steps=2", "--ckpt_path", given) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "last.ckpt is damaged" in message or "last.ckpt is not a checkpoint" in message
