@@ -24,7 +24,7 @@ from flexidit.plots import plot_curve
 from flexidit.sampling.sampler import Sampler
 
 HEADINGS = ("saved by", "FLOPs", "steps of patch", "ms", "Frechet", "range", "class")
-CAPTION_HEADINGS = (*HEADINGS, "caption")
+CAPTION_HEADINGS = (*HEADINGS, "text")
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,12 @@ def print_table(points: Sequence[CurvePoint], floor: float, recipe: Recipe[Any],
 
 
 def _what(point: CurvePoint) -> str:
+    text = "" if point.agreement is None else " Text: the share of what captions say that the samples show."
     return (
         f"Frechet distance in the features of a small classifier trained on the same digits, "
         f"{point.num_samples} samples against {point.reference}; mean and range over seeds. "
         "Class: how often that classifier sees the digit that was asked for. ms: time of one image."
+        f"{text}"
     )
 
 

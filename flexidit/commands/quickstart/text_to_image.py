@@ -143,7 +143,7 @@ class TextToImageRecipe(Recipe[TextToImageSettings]):
     def limits(self) -> list[str]:
         """What digits cannot tell."""
         return [
-            "Caption: the share of what captions say (class, weight, slant, width) that measuring the samples "
+            "Text: the share of what captions say (class, weight, slant, width) that measuring the samples "
             "confirms. Captions of other digits would be confirmed to 22 %, of other digits of the class to 61 %.",
         ]
 

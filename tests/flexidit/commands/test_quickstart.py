@@ -99,7 +99,7 @@ def test_the_page_is_self_contained(either: Path) -> None:
 def test_captions_are_judged(with_captions: Path) -> None:
     points = read_csv(with_captions / "curve.csv")
     assert all(point.agreement is not None and 0 <= point.agreement <= 1 for point in points)
-    assert "<th>caption</th>" in (with_captions / "report.html").read_text()
+    assert "<th>text</th>" in (with_captions / "report.html").read_text()
 
 
 def test_the_distilled_student_still_is_its_target(with_captions: Path) -> None:
