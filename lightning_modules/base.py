@@ -23,7 +23,14 @@ from flexidit.diffusion.losses import diffusion_loss
 from flexidit.export import BaseIdentity
 from flexidit.models import FlexiTransformer
 from flexidit.patch_size import PatchSize
-from lightning_modules.data_contract import as_many, check_data, null_captions_of, text_fingerprint_of
+from lightning_modules.data_contract import (
+    as_many,
+    check_data,
+    codec_fingerprint_of,
+    null_captions_of,
+    text_fingerprint_of,
+    warn_of_other_codec,
+)
 from lightning_modules.draws import SampleDraws, draw_patch_size, places
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
 from lightning_modules.trained_state import base_source, check_loadable, identify_base, keep_trained
@@ -130,6 +137,8 @@ class DiffusionModule(LightningModule):
 
             pixels = PixelCodec(self.model.in_channels)
             self._codec.append(pixels if self.vae is None else LatentCodec(self.vae, device=self.device))
+            if self.vae is not None:
+                warn_of_other_codec(codec_fingerprint_of(self._datamodule), self._codec[0].fingerprint)
         return self._codec[0]
 
     def patch_size_at(self, step: int) -> PatchSize:
@@ -270,6 +279,7 @@ class DiffusionModule(LightningModule):
             "config": config_to_dict(self.model.config),
             "base": None if self.base_identity is None else asdict(self.base_identity),
             "text": text_fingerprint_of(self._datamodule, self.model.config),
+            "codec": codec_fingerprint_of(self._datamodule),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -13,9 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from flexidit.conditions import Captions
 from flexidit.config import DiTConfig, TextDiTConfig, TransformerConfig
+from flexidit.latent_shards import fingerprint_differences
 
 
 def check_data(config: TransformerConfig, datamodule: Any) -> None:
@@ -63,6 +65,22 @@ def text_fingerprint_of(datamodule: Any, config: TransformerConfig) -> dict[str,
     if encoder is not None:
         return encoder.fingerprint
     return (getattr(datamodule, "fingerprint", None) or {}).get("text_encoder")
+
+
+def codec_fingerprint_of(datamodule: Any) -> dict[str, Any] | None:
+    """What identifies the VAE behind the latents, in plain values; None for pixels, or where it is not said."""
+    codec = (getattr(datamodule, "fingerprint", None) or {}).get("codec")
+    return None if codec is None or codec.get("class") == "PixelCodec" else codec
+
+
+def warn_of_other_codec(data: dict[str, Any] | None, own: dict[str, Any]) -> None:
+    """Say that pictures and metrics are decoded by another VAE than the one that made the latents."""
+    differing = fingerprint_differences(data, own) if data is not None else {}
+    if differing:
+        rank_zero_warn(
+            f"the latents were made by another VAE than model.vae (they differ in {', '.join(differing)}): pictures "
+            "and metrics will be wrong; give the VAE that the data were encoded with"
+        )
 
 
 def as_many(null: Captions, y: Captions) -> Captions:

@@ -27,6 +27,7 @@ from flexidit.commands.sampling_setup import (
     pick_codec,
     progress_bar,
     warm_up,
+    warn_of_other_codec,
 )
 from flexidit.files import write_atomically
 from flexidit.metrics.curve import (
@@ -147,6 +148,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         cost_per_image(loaded.model, task.candidate.schedule, task.settings(settings))
     texts = read_texts(args, loaded.model)
     codec = need_codec(pick_codec(loaded.model, args.vae, loaded.device), loaded.model)
+    warn_of_other_codec(loaded, codec)
     shape = sample_shape_of(loaded.model, codec)
     evaluator = make_evaluator(
         args.features, args.feature_weights, args.reference, shape, loaded.device, args.num_samples

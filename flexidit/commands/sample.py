@@ -31,6 +31,7 @@ from flexidit.commands.sampling_setup import (
     progress_bar,
     step_flops,
     warm_up,
+    warn_of_other_codec,
 )
 from flexidit.files import write_atomically
 from flexidit.metrics.curve import candidates
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     plans = _plans(args, loaded)
     samplers = [_sampler(args, loaded, plan.schedule) for plan in plans]  # refuses what cannot run before anything runs
     codec = pick_codec(loaded.model, args.vae, loaded.device)
+    warn_of_other_codec(loaded, codec)
     if not args.latents:
         need_codec(codec, loaded.model, ", or --latents to save them as they are")
     told = tell(args, loaded, asked)

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class LoadedModel:
     is_compiled: bool
     text: Mapping[str, Any] | None = None
     """Fingerprint of the text encoder that it was trained with, where the checkpoint says so."""
+    latents: Mapping[str, Any] | None = None
+    """Fingerprint of the VAE that made the latents it was trained on, where the checkpoint says so."""
 
     @property
     def precision(self) -> str:
@@ -96,7 +99,30 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         model.compile(dynamic=False)
     autocast = None if args.dtype == "float32" else getattr(torch, args.dtype)
     text = recorded_text(args.checkpoint) if isinstance(loaded.config, TextDiTConfig) else None
-    return LoadedModel(model, name, device, autocast, merged=args.merge, is_compiled=args.compile, text=text)
+    kind = {"merged": args.merge, "is_compiled": args.compile}
+    return LoadedModel(model, name, device, autocast, **kind, text=text, latents=_recorded_codec(args.checkpoint))
+
+
+def _recorded_codec(path: str) -> Mapping[str, Any] | None:
+    """What a training checkpoint says of the VAE behind its latents."""
+    from flexidit.weight_files import load_pickle
+
+    file = Path(path)
+    return load_pickle(file).get("flexidit", {}).get("codec") if file.suffix == ".ckpt" and file.is_file() else None
+
+
+def warn_of_other_codec(loaded: LoadedModel, codec: Codec | None) -> None:
+    """Say on standard error that the model's latents are not those of this VAE."""
+    if loaded.latents is not None and codec is not None:
+        from flexidit.latent_shards import fingerprint_differences
+
+        differing = fingerprint_differences(loaded.latents, codec.fingerprint)
+        if differing:
+            print(
+                f"warning: the model was trained on latents of another VAE (they differ in {', '.join(differing)}); "
+                "expect wrong colours or worse",
+                file=sys.stderr,
+            )
 
 
 def read_checkpoint(path: str, *, prefer_ema: bool, num_heads: int | None, base: str | None = None) -> FlexiTransformer:

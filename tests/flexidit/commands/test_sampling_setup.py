@@ -71,6 +71,21 @@ def test_warming_up_makes_up_a_caption_or_takes_what_will_run(null_caption: bool
     assert calls == [16, 5]
 
 
+def test_latents_of_another_vae_are_told(tiny_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of equal shape, it would decode without an error, to wrong pictures."""
+    cpu, model = torch.device("cpu"), create_model("DiT-Tiny/2", input_size=8)
+    codec = setup.pick_codec(model, str(tiny_vae), cpu)
+    assert codec is not None
+    for changed, message in (({}, ""), ({"weights_sha256": "0"}, "differ in weights_sha256")):
+        checkpoint = {"flexidit": {"codec": {**codec.fingerprint, **changed}}}
+        torch.save(checkpoint, tmp_path / "a.ckpt")
+        recorded = setup._recorded_codec(str(tmp_path / "a.ckpt"))
+        loaded = setup.LoadedModel(model, "", cpu, None, merged=False, is_compiled=False, latents=recorded)
+        setup.warn_of_other_codec(loaded, codec)
+        error = capsys.readouterr().err
+        assert message in error and bool(error) == bool(message)
+
+
 def test_codecs(model: DiT, tiny_vae: Path) -> None:
     cpu, latent_model = torch.device("cpu"), create_model("DiT-Tiny/2", input_size=8)
     assert isinstance(setup.pick_codec(model, None, cpu), PixelCodec)
