@@ -14,7 +14,10 @@ from flexidit.sampling.schedule import PatchSchedule
 from flexidit.variants import variant_config
 
 HELP = "what a model, a patch size or a schedule costs, in FLOPs (2 per multiply-accumulate, denoising network only)"
-EXAMPLE = "flexidit flops --model DiT-XL/2 --weak 4 --steps 250 --powerful-steps 70"
+EXAMPLE = (
+    "flexidit flops --model DiT-XL/2 --weak 4 --steps 250 --powerful-steps 70\n"
+    "  flexidit flops --model PixArt-XL/2-256 --weak 4 --steps 100 --powerful-steps 60 --captions once"
+)
 _WAYS: dict[str, CaptionWork] = {"every-step": "every_step", "once": "once"}
 
 
