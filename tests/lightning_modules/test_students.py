@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,5 +38,10 @@ def test_a_flexible_checkpoint_is_taken_as_it_is_or_refused(make_target: MakeTar
     }
     with pytest.raises(ValueError, match=r"recipe 'lora', patch sizes 1x4x4\), .* recipe 'shared' and 1x4x4, 1x8x8"):
         make_student(given.build(), FlexSettings([8, 4]))
-    with pytest.raises(ValueError, match="adapters of rank 2 already, the config asks for rank 32"):
-        make_student(given.build(), FlexSettings([4], recipe="lora"))
+    for changed, message in (
+        ({"rank": 32}, "with rank 2, and the config asks for rank 32"),
+        ({"alpha": 4.0}, "with alpha 2.0, and the config asks for alpha 4.0"),
+        ({"positions": "corners"}, "with positions coords, and the config asks for positions corners"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_student(given.build(), replace(flex, **changed))
