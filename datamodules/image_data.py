@@ -4,6 +4,7 @@ Shape legend: N batch, C channels and H W size of what the model sees (latents, 
 """
 
 import logging
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +57,7 @@ def source_kind(source: str | Path) -> SourceKind:
     return "tars" if any(folder.glob("*.tar")) else "images"
 
 
-class ImageDataModule(ResumableDataModule):
+class ImageDataModule(ResumableDataModule, ABC):
     """Images with something that belongs to them: latents, raw files or tars, for training and validation.
 
     Subclasses say how latents and files are opened, and what tars hold; they explain the arguments.
@@ -92,13 +93,13 @@ class ImageDataModule(ResumableDataModule):
         self.codec = LatentCodec(vae, dtype=codec_dtype) if vae is not None else None
         self._splits: dict[str, Split] = {}
 
+    @abstractmethod
     def open_latents(self, root: str, expected: dict[str, Any], flip: bool) -> Any:
         """Reader of a folder of latents: map-style, with ``shape``, ``fingerprint`` and ``report``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open_images(self, root: str, flip: bool) -> Any:
         """Reader of a folder of images: map-style, batches have ``index`` and ``epoch``; with ``report()``."""
-        raise NotImplementedError
 
     def check_raw(self) -> None:
         """Refuse what raw images could not be encoded with, before any is read."""

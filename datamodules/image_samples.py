@@ -4,6 +4,7 @@ Shape legend: N batch, S side of the square crop.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 _MAX_TRIES = 256
 
 
-class FileSamples(Dataset[dict[str, Any]]):
+class FileSamples(Dataset[dict[str, Any]], ABC):
     """Pixels of image files; ``dataset[Draw(sample, epoch)]`` is pure. Subclasses say what belongs to an image.
 
     A broken image is replaced by the next one that can be read, so that batches keep their size. Which ones are
@@ -52,9 +53,9 @@ class FileSamples(Dataset[dict[str, Any]]):
         self.size, self.seed, self.flip, self.on_error = size, seed, flip, on_error
         self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()
 
+    @abstractmethod
     def targets(self, draws: Sequence[Draw]) -> dict[str, Any]:
         """What belongs to the images of these draws, each value of length N."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.files)

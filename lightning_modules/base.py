@@ -6,6 +6,7 @@ E width of the text encoder.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class NoisyBatch:
     """N labels or captions, some of them dropped."""
 
 
-class DiffusionModule(LightningModule):
+class DiffusionModule(LightningModule, ABC):
     """Trains one model at one of its patch sizes per step; with DiT's loss, unless :meth:`loss` is another.
 
     Subclasses say what the model is, in :meth:`build_model`. Batches are ``{"x": (N, C, H, W), "y": N conditions}``:
@@ -125,9 +126,9 @@ class DiffusionModule(LightningModule):
         if self._trainer is not None:
             self._distribute()
 
+    @abstractmethod
     def build_model(self, target: FlexiTransformer) -> FlexiTransformer:
         """The model to train, before it is moved to a device; the target may become it."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which model it trains")
 
     @property
     def codec(self) -> Any:

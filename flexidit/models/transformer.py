@@ -6,6 +6,7 @@ O output channels (2 C with a learned variance, else C).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from flexidit.positions import interpolate_table, patch_centres, sincos_2d
 from flexidit.token_layout import Packing, Segment, TokenLayout, split_attention
 
 
-class FlexiTransformer(nn.Module):
+class FlexiTransformer(nn.Module, ABC):
     """Predicts the noise (and the variance) in latents: (N, C, H, W), (N,), N conditions -> (N, O, H, W).
 
     ``patch_size`` is a keyword without default at every call: which prediction is cheap and which is good is the
@@ -77,21 +78,21 @@ class FlexiTransformer(nn.Module):
         """Latent size that positions are held for; others are computed at each call."""
         return self.config.input_size
 
+    @abstractmethod
     def embed_condition(self, t: Tensor, y: Any, size: Sequence[int]) -> Any:
         """Time and condition of one batch as the family's blocks take them: (N,), N conditions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block_arguments(self, conditions: Sequence[Any], layout: TokenLayout) -> Iterable[tuple[Any, ...]]:
         """For each block, what it takes beside the tokens, for all segments of the layout."""
-        raise NotImplementedError
 
+    @abstractmethod
     def project(self, tokens: Tensor, condition: Any, patch_size: PatchSize) -> Tensor:
         """Tokens to patches: (N, T, D) -> (N, T, P * O)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def null_condition(self, y: Any) -> Any:
         """The condition of the unconditional prediction, as many as ``y``."""
-        raise NotImplementedError
 
     def prepare(self, y: Any) -> Any:
         """What no step and no patch size changes about conditions, computed once for a sampling run."""
