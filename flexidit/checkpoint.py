@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from flexidit.identity import base_tensors, hash_tensors, unwrapped
 from flexidit.layouts import layout_of_class, layout_of_config, layout_of_official
 from flexidit.layouts.pixart import NULL_CAPTION
 from flexidit.models import DiT, FlexiTransformer, TextDiT, plain_model
+from flexidit.models.positioned import PositionedTransformer
 from flexidit.recipes import flexify
 from flexidit.weight_files import (
     DIFFUSERS_WEIGHTS,
@@ -117,6 +118,8 @@ def save_checkpoint(
             f"the {layout_format} layout has one patch size; take one of this model first "
             "(lora: merge a weak size, shared: pick any size)"
         )
+    if layout_format == "official" and model.config.is_video:
+        raise ValueError("the official layout has no models of clips; use layout_format='flexidit'")
     if layout_format == "official":
         return save_pickle(model.state_dict(), path)
     return _save_diffusers(model, path)
@@ -255,9 +258,9 @@ def read_any(path: str | Path, *, prefer_ema: bool = True, **overrides: Any) -> 
 
 
 def computed_positions(config: TransformerConfig) -> Tensor:
-    """``pos_embed`` as a config says it, float32: (1, T, D). No weight is made, no random number drawn."""
+    """``pos_embed`` as a config says it, float32: (1, h * w, D). No weight is made, no random number drawn."""
     with torch.device("meta"):
-        model = plain_model(replace(config, depth=0, flex=None))
+        model = cast(PositionedTransformer, plain_model(replace(config, depth=0, flex=None)))
     model.pos_embed = nn.Parameter(torch.empty(0, device="cpu"), requires_grad=False)  # computed on its device
     return model.computed_positions(config.patch_size, config.input_size)
 
@@ -343,7 +346,7 @@ def _read_diffusers(path: Path, overrides: Mapping[str, Any]) -> Weights:
 
 def _with_positions(config: TransformerConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """With the table of positions, which layouts may leave out because it follows from the config."""
-    if "pos_embed" in state or not config.computes_positions:
+    if "pos_embed" in state or not config.has_position_table:
         return state
     return {**state, "pos_embed": computed_positions(config).to(state["x_embedder.proj.weight"].dtype)}
 
@@ -370,7 +373,7 @@ def _check_positions(model: FlexiTransformer) -> None:
             f"diffusers' DiT takes whole patches, not {size.name} on {sides[0]}x{sides[1]}; use --to official"
         )
     theirs = computed_positions(layout.config_from_diffusers(layout.config_to_diffusers(model.config)))
-    if not torch.allclose(theirs, model.pos_embed.detach().float().cpu(), atol=1e-2):
+    if not torch.allclose(theirs, cast(Tensor, model.pos_embed).detach().float().cpu(), atol=1e-2):
         raise ValueError(
             f"diffusers puts patches at their index and this model has those of size {size.name} elsewhere "
             "(their centres, positions='coords'); use --to official, which stores positions, or flexify with "

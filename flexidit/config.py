@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flexidit.patch_size import PatchSize
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Positions = Literal["coords", "corners", "grid"]
 PositionTable = Literal["sincos", "learned"]
+MlpKind = Literal["gelu", "swiglu"]
 Recipe = Literal["shared", "lora"]
 
 
@@ -40,8 +41,13 @@ class FlexConfig:
 class TransformerConfig:
     """What the configs of all families share."""
 
+    embedding_name: ClassVar[str] = "x_embedder"
+    """Module of the model that turns patches into tokens; its weights are those of ``proj`` in it."""
+    unembedding_name: ClassVar[str] = "final_layer.linear"
+    """Module that turns tokens into patches."""
+
     input_size: tuple[int, ...] = (32, 32)
-    """Latent height and width."""
+    """Latent height and width; of clips, latent frames before them."""
     patch_size: PatchSize = PatchSize(1, 2, 2)
     """The pre-trained, most powerful size."""
     in_channels: int = 4
@@ -65,6 +71,21 @@ class TransformerConfig:
                 f"hidden_size {self.hidden_size} does not work with {self.num_heads} heads: "
                 "it must be a multiple of num_heads and of 4"
             )
+        if self.patch_size.t > 1 and not self.is_video:
+            raise ValueError(
+                f"patch size {self.patch_size.name} spans {self.patch_size.t} frames, but input_size {self.input_size} "
+                "is that of images: give (F, H, W), or a patch size 1x..x.."
+            )
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the model takes clips (N, C, F, H, W) and not images (N, C, H, W)."""
+        return len(self.input_size) == 3
+
+    @property
+    def mlp_width(self) -> int:
+        """Width between the two layers of a block's perceptron."""
+        return round(self.hidden_size * self.mlp_ratio)
 
     @property
     def out_channels(self) -> int:
@@ -90,6 +111,11 @@ class TransformerConfig:
         """Whether positions are a function of coordinates; if they are learned, a model has its own table."""
         return True
 
+    @property
+    def has_position_table(self) -> bool:
+        """Whether a model keeps a table of computed positions among its weights, as DiT's checkpoints do."""
+        return self.computes_positions
+
 
 @dataclass(frozen=True)
 class DiTConfig(TransformerConfig):
@@ -104,7 +130,10 @@ class DiTConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class TextDiTConfig(TransformerConfig):
-    """A text-conditional one with cross-attention and adaLN-single, as PixArt-alpha (Chen et al. 2023)."""
+    """A text-conditional one with cross-attention and adaLN-single, as PixArt-alpha (Chen et al. 2023).
+
+    With a 3-D ``input_size`` it is the paper's Video DiT: tokens of all frames attend to one another.
+    """
 
     caption_channels: int = 4096
     """Width of the text encoder; 4096 is T5-XXL."""
@@ -119,6 +148,8 @@ class TextDiTConfig(TransformerConfig):
     """Positions are divided by it: 2 in the 1024 px PixArt, so that its grid spans what 512 px did."""
     qk_norm: bool = False
     """Layer norm on queries and keys of self-attention, head by head."""
+    mlp: MlpKind = "gelu"
+    """Perceptron of the blocks: tanh GELU, or gated by a SiLU, as in the paper's Video DiT."""
     micro_conditions: bool = False
     """Height, width and aspect ratio of the image enter with the time (the 1024 px PixArt)."""
     pixels_per_latent: int = 8
@@ -135,6 +166,8 @@ class TextDiTConfig(TransformerConfig):
             raise ValueError(f"learned positions have no scale: position_scale must be 1, got {self.position_scale}")
         if self.micro_conditions and self.hidden_size % 3:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 3 for micro_conditions")
+        if self.micro_conditions and self.is_video:
+            raise ValueError("micro_conditions are of images: set them to false for a model of clips")
 
 
 _FAMILIES: dict[str, type[DiTConfig] | type[TextDiTConfig]] = {"DiT": DiTConfig, "TextDiT": TextDiTConfig}

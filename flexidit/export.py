@@ -105,9 +105,9 @@ def put_on_base(added: Adapters, base: Mapping[str, Tensor]) -> dict[str, Tensor
 
     Both are widened where their floating-point types differ, as when weights in half precision were trained in single.
     """
-    size = added.flex.weak_patch_sizes[0]
+    size, embedding = added.flex.weak_patch_sizes[0], added.config.embedding_name
     dtype = torch.promote_types(
-        base["x_embedder.proj.weight"].dtype, added.tensors[f"x_embedder.per_size.{size.name}.weight"].dtype
+        base[f"{embedding}.proj.weight"].dtype, added.tensors[f"{embedding}.per_size.{size.name}.weight"].dtype
     )
     layers = {name.split(".lora_A.")[0] for name in added.tensors if ".lora_A." in name}
     state = {**added.tensors, **{_student_name(name, layers): tensor for name, tensor in base.items()}}

@@ -320,11 +320,17 @@ def _embedded(count: int, width: int) -> int:
 
 def _transformer_block(config: TransformerConfig, work: BlockWork, rank: int) -> int:
     """Self-attention and MLP, for one sequence; the layers that adapters of this rank are attached to."""
-    width, mlp_width = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-    layers = [(width, 3 * width), (width, width), (width, mlp_width), (mlp_width, width)]  # qkv, proj, fc1, fc2
-    return sum(
-        _linear(work.num_tokens, *layer) + _adapter(work.num_tokens, rank, *layer) for layer in layers
-    ) + _attention(work.num_tokens, work.num_keys, width)
+    linear = sum(
+        _linear(work.num_tokens, *layer) + _adapter(work.num_tokens, rank, *layer) for layer in _adapted_layers(config)
+    )
+    return linear + _attention(work.num_tokens, work.num_keys, config.hidden_size)
+
+
+def _adapted_layers(config: TransformerConfig) -> list[tuple[int, int]]:
+    """Widths in and out of the linear layers of self-attention and perceptron."""
+    width, mlp_width = config.hidden_size, config.mlp_width
+    gates = mlp_width if isinstance(config, TextDiTConfig) and config.mlp == "swiglu" else 0
+    return [(width, 3 * width), (width, width), (width, mlp_width + gates), (mlp_width, width)]  # qkv, proj, fc1, fc2
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers.mlp import GluMlp
 from timm.layers.mlp import Mlp as PlainMlp
 from torch import Tensor, nn
 
@@ -164,12 +165,24 @@ class Attention(nn.Module):
 class Mlp(PlainMlp):
     """timm's two-layer perceptron with tanh GELU, its linear layers adapted per patch size: same shape in and out."""
 
-    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, mlp_width: int) -> None:
         gelu: Any = partial(nn.GELU, approximate="tanh")
-        super().__init__(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
+        super().__init__(hidden_size, mlp_width, act_layer=gelu)
 
     def forward(self, x: Tensor, *, layout: TokenLayout) -> Tensor:  # type: ignore[override]
         return joint_linear(self.fc2, self.act(joint_linear(self.fc1, x, layout)), layout)
+
+
+class GatedMlp(GluMlp):
+    """timm's perceptron gated by a SiLU ("SwiGLU", Shazeer 2020), likewise; ``fc1`` makes gate and value at once."""
+
+    def __init__(self, hidden_size: int, mlp_width: int) -> None:
+        silu: Any = nn.SiLU
+        super().__init__(hidden_size, 2 * mlp_width, act_layer=silu, gate_last=False)
+
+    def forward(self, x: Tensor, *, layout: TokenLayout) -> Tensor:  # type: ignore[override]
+        gate, value = joint_linear(self.fc1, x, layout).chunk(2, dim=-1)  # (N, T, mlp_width) each, or joined
+        return joint_linear(self.fc2, self.act(gate) * value, layout)
 
 
 class TimestepEmbedder(nn.Module):
@@ -214,12 +227,12 @@ class DiTBlock(nn.Module):
     (N, T, D), (N, D) -> (N, T, D) for one segment; joined, (S, D), (M, D) -> (S, D) for several.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float = 1e-6) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_width: int, mlp_norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.norm1 = SizeNorm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = SizeNorm(hidden_size, mlp_norm_eps)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = Mlp(hidden_size, mlp_width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, *, layout: TokenLayout, masks: Masks) -> Tensor:

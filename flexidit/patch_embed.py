@@ -147,13 +147,11 @@ class PatchEmbed(_FlexiLayer):
 
     def forward(self, x: Tensor, *, patch_size: PatchSize) -> Tensor:
         weight, bias = self.weights(patch_size)
-        stride = patch_size.as_tuple()
-        x = pad_to_patches(as_clip(x), patch_size).to(weight.dtype)  # the diffusion around it may be more precise
-        if x.shape[2] == 1:  # one frame: the 2-D kernel is several times faster than the 3-D one on CPU
-            x = F.conv2d(x.squeeze(2), weight.squeeze(2), bias, stride[1:]).unsqueeze(2)
-        else:
-            x = F.conv3d(x, weight, bias, stride)
-        return x.flatten(2).transpose(1, 2)
+        x = x.to(weight.dtype)  # the diffusion around it may be more precise
+        if self.num_axes == 3:  # two to seven times faster than a 3-D convolution on CPU
+            return F.linear(patchify(x, patch_size), weight.permute(0, 2, 3, 4, 1).flatten(1), bias)
+        x = pad_to_patches(as_clip(x), patch_size).squeeze(2)
+        return F.conv2d(x, weight.squeeze(2), bias, patch_size.as_tuple()[1:]).flatten(2).transpose(1, 2)
 
     def weights(self, patch_size: PatchSize) -> tuple[Tensor, Tensor | None]:
         """Kernel (D, C, t, h, w) and bias (D,) that serve ``patch_size``."""

@@ -67,6 +67,12 @@ def interpolate_table(table: Tensor, grid: Sequence[int], rows: Tensor, columns:
         return torch.einsum("jw,iwd->ijd", across, lines).flatten(0, 1).unsqueeze(0)
 
 
+def interpolate_line(table: Tensor, coords: Tensor) -> Tensor:
+    """A learned table along one axis, read between its entries: (1, n, D), (m,) -> (1, m, D); see above."""
+    with torch.autocast(table.device.type, enabled=False):
+        return torch.einsum("in,ond->oid", _linear_weights(coords, table.shape[1], table), table)
+
+
 def _linear_weights(coords: Tensor, size: int, like: Tensor) -> Tensor:
     """Hat functions: (M,) -> (M, size), rows that sum to one."""
     index = torch.arange(size, dtype=coords.dtype, device=coords.device)

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from timm.layers.mlp import Mlp as PlainMlp
 from torch import Tensor, nn
 
+from flexidit.config import MlpKind
 from flexidit.layers import (
     Attention,
+    GatedMlp,
     Masks,
     Mlp,
     SizeNorm,
@@ -106,13 +108,15 @@ class TextDiTBlock(nn.Module):
     adaLN-single: the table (6, D) is what a block has of its own.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_width: int, *, mlp: MlpKind = "gelu", qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.norm1 = SizeNorm(hidden_size)
         self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
         self.norm2 = SizeNorm(hidden_size)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = GatedMlp(hidden_size, mlp_width) if mlp == "swiglu" else Mlp(hidden_size, mlp_width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
 
     def forward(

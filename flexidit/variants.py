@@ -48,6 +48,34 @@ def _variants() -> Mapping[str, DiTConfig | TextDiTConfig]:
         position_table="learned",
         qk_norm=True,
     )
+    # The paper's Video DiT is 4.9 B parameters "as the one in" Movie Gen (sections 4.3, C.2): 32 layers of width 3072,
+    # SwiGLU, factorised learned positions; 256 frames of 384x704 pixels, downsampled by 8 along each axis
+    table["VideoDiT-4.9B"] = TextDiTConfig(
+        input_size=(32, 48, 88),
+        in_channels=16,
+        hidden_size=3072,
+        depth=32,
+        num_heads=24,
+        mlp="swiglu",
+        mlp_ratio=8 / 3,
+        learn_sigma=False,
+        caption_length=256,
+        position_table="learned",
+        qk_norm=True,
+    )
+    table["VideoDiT-Tiny"] = TextDiTConfig(
+        input_size=(8, 16, 16),
+        in_channels=1,
+        hidden_size=64,
+        depth=2,
+        num_heads=4,
+        mlp="swiglu",
+        mlp_ratio=8 / 3,
+        learn_sigma=False,
+        caption_channels=64,
+        caption_length=16,
+        qk_norm=True,
+    )
     table["TextDiT-S/2"] = TextDiTConfig(hidden_size=384, depth=12, num_heads=6)
     table["TextDiT-Tiny/2"] = TextDiTConfig(
         hidden_size=64, depth=2, num_heads=4, caption_channels=64, caption_length=16
@@ -68,7 +96,8 @@ def variant_config(name: str, **overrides: Any) -> DiTConfig | TextDiTConfig:
 
     Args:
         name: such as ``"DiT-XL/2"`` or ``"PixArt-XL/2-256"``.
-        **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent.
+        **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent, and is (F, H, W)
+            for clips.
 
     Raises:
         ValueError: an unknown name or field; the message lists the known ones.
@@ -88,7 +117,8 @@ def create_model(name: str, **overrides: Any) -> DiT | TextDiT:
 
     Args:
         name: such as ``"DiT-XL/2"`` or ``"PixArt-XL/2-256"``.
-        **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent.
+        **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent, and is (F, H, W)
+            for clips.
 
     Raises:
         ValueError: an unknown name or field; the message lists the known ones.
@@ -108,8 +138,8 @@ def _parsed(field: str, value: Any) -> Any:
         return PatchSize.parse(value)
     if field == "input_size":
         sides = (value, value) if isinstance(value, int) else tuple(value)
-        if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
-            raise ValueError(f"input_size is a positive int or (H, W), got {value!r}")
+        if len(sides) not in (2, 3) or any(not isinstance(side, int) or side < 1 for side in sides):
+            raise ValueError(f"input_size is a positive int, (H, W), or (F, H, W) for clips, got {value!r}")
         return sides
     return value
 

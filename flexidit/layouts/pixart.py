@@ -86,6 +86,10 @@ def config_from_official(state: StateDict, *, num_heads: int | None = None, **ov
         ValueError: not a PixArt, one that compresses keys and values, or one that leaves something open.
     """
     _refuse_unknown_attention(state)
+    if state["x_embedder.proj.weight"].dim() == 5:
+        raise ValueError(
+            "these weights are of a model of clips, and no shape tells its config: keep it in flexidit's own layout"
+        )
     hidden_size, in_channels, height, width = state["x_embedder.proj.weight"].shape
     null, patch_size = state.get(NULL_CAPTION), PatchSize(1, height, width)
     values: dict[str, Any] = {
@@ -273,7 +277,11 @@ def _published_scale(sample_size: int) -> float:
 
 def _inexpressible(config: TextDiTConfig) -> str:
     """Why diffusers' class cannot hold a model; empty if it can."""
+    if config.is_video:
+        return "it takes clips"
     (height, width), size = config.input_size, config.patch_size
+    if config.mlp != "gelu":
+        return f"its perceptrons are {config.mlp}"
     if config.qk_norm:
         return "it normalises queries and keys"
     if not config.computes_positions:

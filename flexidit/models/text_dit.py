@@ -1,10 +1,12 @@
 """Text-conditional diffusion transformer with cross-attention and adaLN-single, at one or several patch sizes.
 
 It is PixArt-alpha (Chen et al. 2023), whose module names it has, the paper's "T2I Transf."; with ``qk_norm`` and
-learned positions it is the paper's Emu (appendix C.2).
+learned positions it is the paper's Emu (appendix C.2); with latents of three axes its Video DiT (section 4.3): tokens
+of all frames attend to one another.
 
-Shape legend: N batch, H W latent height and width, T tokens, L caption tokens, E width of the text encoder, D hidden
-size, P positions under one patch, O output channels, M sequences of all segments of a pass.
+Shape legend: N batch, F H W latent frames, height and width (images have no F axis), T tokens, L caption tokens, E
+width of the text encoder, D hidden size, P positions under one patch, O output channels, M sequences of all segments
+of a pass, f h w patches along time, height and width.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from flexidit.conditions import CaptionKeys, Captions
 from flexidit.config import TextDiTConfig
 from flexidit.layers import TimestepEmbedder, join_vectors
-from flexidit.models.transformer import FlexiTransformer, pad
+from flexidit.models.positioned import PositionedTransformer
+from flexidit.models.transformer import pad
 from flexidit.patch_size import PatchSize
 from flexidit.text_layers import (
     CaptionEmbedder,
@@ -57,8 +60,8 @@ class _Conditioning(NamedTuple):
         return CaptionTokens(None, values, mask) if self.keys_values else CaptionTokens(values, None, mask)
 
 
-class TextDiT(FlexiTransformer):
-    """Predicts the noise (and the variance) in latents: (N, C, H, W), (N,), N captions -> (N, O, H, W).
+class TextDiT(PositionedTransformer):
+    """Predicts the noise (and the variance) in latents: (N, C, [F,] H, W), (N,), N captions -> (N, O, [F,] H, W).
 
     The condition ``y`` is :class:`Captions`, or :class:`CaptionKeys` from :meth:`prepare`.
     """
@@ -74,10 +77,9 @@ class TextDiT(FlexiTransformer):
         self.y_embedder = CaptionEmbedder(config.caption_channels, width, null_length)
         if config.micro_conditions:
             self.csize_embedder, self.ar_embedder = SizeEmbedder(width // 3), SizeEmbedder(width // 3)
-        num_tokens = (config.patch_size if config.computes_positions else self._unit).num_tokens(config.input_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width), requires_grad=not config.computes_positions)
         self.blocks = nn.ModuleList(
-            TextDiTBlock(width, config.num_heads, config.mlp_ratio, qk_norm=config.qk_norm) for _ in range(config.depth)
+            TextDiTBlock(width, config.num_heads, config.mlp_width, mlp=config.mlp, qk_norm=config.qk_norm)
+            for _ in range(config.depth)
         )
         self.final_layer = TextFinalLayer(width, self.out_channels, config.patch_size)
         self.size_embedder = nn.ParameterDict()
@@ -103,24 +105,20 @@ class TextDiT(FlexiTransformer):
             nn.init.zeros_(cast(TextDiTBlock, block).cross_attn.proj.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
-        with torch.no_grad():
-            if self.config.computes_positions:
-                self.pos_embed.copy_(self.computed_positions(self.base_patch_size, self.input_size))
-            else:
-                nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.initialize_positions()
 
-    def coordinates(self, patch_size: PatchSize, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of the patches, in units of the base grid: (h,), (w,) float64.
+    def coordinates(self, patch_size: PatchSize, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the patches along time, height and width, in units of the base grid: (f,), (h,), (w,) float64.
 
-        Any latent size spans the extent of the configured one, divided by ``position_scale``, as in PixArt
-        (``lewei_scale``) and in diffusers (``interpolation_scale``).
+        In space any latent size spans the extent of the configured one, divided by ``position_scale``, as in PixArt
+        (``lewei_scale``) and in diffusers (``interpolation_scale``). Frames are as far apart in clips of any length.
         """
-        axes = super().coordinates(patch_size, size)
+        frames, *axes = super().coordinates(patch_size, size)
         unit = patch_size if self._placement == "grid" else self._unit
         own, configured = unit.grid(size)[1:], unit.grid(self.input_size)[1:]
         each = zip(axes, configured, own, strict=True)
         rows, columns = (axis * (span / (count * self.config.position_scale)) for axis, span, count in each)
-        return rows, columns
+        return frames, rows, columns
 
     def embed_condition(self, t: Tensor, y: Captions | CaptionKeys, size: Sequence[int]) -> _Conditioning:
         """(N,), N captions, latent size."""
