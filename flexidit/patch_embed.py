@@ -57,6 +57,11 @@ def pad_to_patches(x: Tensor, patch_size: PatchSize) -> Tensor:
     return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
 
 
+def as_3d(weight: Tensor) -> Tensor:
+    """A kernel (D, C, h, w) -> (D, C, 1, h, w); a 3-D one passes unchanged."""
+    return weight.unsqueeze(2) if weight.dim() == 4 else weight
+
+
 def resize_matrix_1d(old: int, new: int) -> Tensor:
     """Matrix (new, old), float64 on CPU, that resizes a line of ``old`` samples to ``new`` ones.
 
@@ -157,8 +162,8 @@ class PatchEmbed(_FlexiLayer):
         """Kernel (D, C, t, h, w) and bias (D,) that serve ``patch_size``."""
         if patch_size.name in self.per_size:
             own = cast(nn.Conv2d, self.per_size[patch_size.name])
-            return _as_3d(own.weight), own.bias
-        weight = self._project(_as_3d(self.proj.weight).flatten(2), patch_size)
+            return as_3d(own.weight), own.bias
+        weight = self._project(as_3d(self.proj.weight).flatten(2), patch_size)
         return weight.unflatten(2, patch_size.as_tuple()), self.proj.bias
 
     @torch.no_grad()
@@ -167,7 +172,7 @@ class PatchEmbed(_FlexiLayer):
         old, old_size = self.proj, self.patch_size
         inverse = resize_matrix(underlying, old_size)  # pinv(pinv(R^T)) = R^T
         self.proj = self._kernel(old.in_channels, old.out_channels, underlying).to(old.weight)
-        self.proj.weight.copy_(_matmul64(_as_3d(old.weight).flatten(2), inverse).view_as(self.proj.weight))
+        self.proj.weight.copy_(_matmul64(as_3d(old.weight).flatten(2), inverse).view_as(self.proj.weight))
         _copy_bias(self.proj, old)
         self.patch_size = underlying
         self._serve(patch_sizes)
@@ -176,7 +181,7 @@ class PatchEmbed(_FlexiLayer):
     def add_size(self, patch_size: PatchSize) -> None:
         """Give ``patch_size`` weights of its own, initialised as :meth:`share` would."""
         own = self._kernel(self.proj.in_channels, self.proj.out_channels, patch_size).to(self.proj.weight)
-        weight = _matmul64(_as_3d(self.proj.weight).flatten(2), resize_matrix(patch_size, self.patch_size))
+        weight = _matmul64(as_3d(self.proj.weight).flatten(2), resize_matrix(patch_size, self.patch_size))
         own.weight.copy_(weight.view_as(own.weight))
         _copy_bias(own, self.proj)
         self.per_size[patch_size.name] = own
@@ -233,11 +238,6 @@ class PatchUnembed(_FlexiLayer):
         own.weight.copy_(self._resized_from(self.patch_size, patch_size, self.weight))
         own.bias.copy_(self._resized_from(self.patch_size, patch_size, self.bias))
         self.per_size[patch_size.name] = own
-
-
-def _as_3d(weight: Tensor) -> Tensor:
-    """(D, C, h, w) -> (D, C, 1, h, w); a 3-D kernel passes unchanged."""
-    return weight.unsqueeze(2) if weight.dim() == 4 else weight
 
 
 def _matmul64(weight: Tensor, matrix: Tensor) -> Tensor:

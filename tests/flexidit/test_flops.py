@@ -93,6 +93,26 @@ def test_equals_the_counter_for_every_patch_size(name, size, patch_size):
     assert forward_flops(student, patch_size, size) == counted(model, patch_size, size)
 
 
+@pytest.mark.parametrize("size", [(32, 48, 88), (21, 45, 80)])
+@pytest.mark.parametrize("patch_size", ["2x2x2", "1x4x4", "2x4x4"])
+def test_equals_the_counter_for_every_mode_of_the_video_dit(size, patch_size):
+    patch_size = PatchSize.parse(patch_size)
+    with torch.device("meta"):
+        model = create_model("VideoDiT-4.9B", patch_size=patch_size, input_size=size, depth=1)
+    student = replace(model.config, patch_size=POWERFUL)
+    assert forward_flops(student, patch_size, size) == counted(model, patch_size, size)
+
+
+def test_the_spatial_mode_reaches_the_quarter_of_the_paper():
+    """READING.md: 25.2 % "is reached with the spatial weak mode": about 217 of the 250 DDPM steps are weak."""
+    video = variant_config("VideoDiT-4.9B")
+    schedule = PatchSchedule.parse("1x4x4:216,1x2x2:34/1x4x4:217,1x2x2:33")
+    assert schedule_cost(video, schedule).relative == pytest.approx(0.252, abs=0.0005)
+    assert schedule_for_budget(video, 0.252, 250, weak="1x4x4").stages()[0][1] == 217
+    temporal = forward_flops(video, "2x2x2") / forward_flops(video, 2)
+    assert temporal > 0.34  # the temporal mode alone cannot reach it
+
+
 @pytest.mark.parametrize("patch_size", [2, 4, 8])
 @pytest.mark.parametrize("name", ["DiT-Tiny/2", "TextDiT-Tiny/2"])
 def test_equals_the_counter_with_adapters_beside_the_weights_and_in_them(name, patch_size):
