@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FLIP, _NOISE, _CHOICE = 0, 1, 2  # independent streams of one sample
+_FLIP, _NOISE, _CHOICE, _START = 0, 1, 2, 3  # independent streams of one sample
 
 
 class Draw(NamedTuple):
@@ -47,3 +47,8 @@ def draw_noise(seed: int, draw: Draw, shape: tuple[int, ...]) -> Tensor:
 def draw_choice(seed: int, draw: Draw, count: int) -> int:
     """Which of ``count`` things (captions of an image) this sample uses in this epoch: each is as likely."""
     return int(_generator(seed, draw, _CHOICE).integers(count))
+
+
+def draw_start(seed: int, draw: Draw) -> float:
+    """Where the window of this sample (a video) lies in this epoch: uniform in [0, 1), from the first to the last."""
+    return float(_generator(seed, draw, _START).random())

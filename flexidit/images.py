@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexidit.files import files_below
 from flexidit.skips import SkipReport
 
 if TYPE_CHECKING:
@@ -161,10 +162,7 @@ def find_images(root: str | Path, labels: str | Path | None = None, num_classes:
 
 def image_files(root: Path) -> list[str]:
     """Images below a folder, relative to it, with forward slashes, sorted by path."""
-    paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    relative = (path.relative_to(root) for path in paths)
-    # compare component by component, so that "a/x" < "a-b/x" whatever the separator's code point is
-    return [path.as_posix() for path in sorted(relative, key=lambda path: path.parts)]
+    return files_below(root, IMAGE_SUFFIXES)
 
 
 def _label_from_folders(root: Path, files: Sequence[str], num_classes: int | None) -> ImageIndex:
