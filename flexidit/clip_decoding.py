@@ -16,6 +16,8 @@ from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from flexidit.skips import BrokenFileError
+
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
     from av.container import InputContainer
@@ -29,7 +31,7 @@ _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 _DEFAULT_RATE = Fraction(25)  # of streams that do not say it: only the length of their last frame depends on it
 
 
-class BrokenClipError(ValueError):
+class BrokenClipError(BrokenFileError):
     """A clip that cannot be used; the message is the reason, without the file's name."""
 
 

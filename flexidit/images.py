@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexidit.files import files_below
-from flexidit.skips import SkipReport
+from flexidit.skips import BrokenFileError, SkipReport
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +27,7 @@ CROP = "adm_center"  # name of `center_crop` in fingerprints
 _WNID = re.compile(r"n\d{8}")
 
 
-class BrokenImageError(ValueError):
+class BrokenImageError(BrokenFileError):
     """An image that cannot be decoded; the message is the reason, without the file's name."""
 
 

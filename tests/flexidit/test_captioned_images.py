@@ -3,10 +3,11 @@ import json
 import pytest
 from PIL import Image
 
-from flexidit.caption_shards import CaptionedLatents, encode_captioned_images
+from flexidit.caption_shards import CaptionedLatents, encode_captioned
 from flexidit.captioned_images import CaptionedFile, find_captioned_images
 from flexidit.latent_encoding import EncodeSettings
 from flexidit.latents import PixelCodec
+from flexidit.sample_readers import ImageReader
 from flexidit.text import WordEncoder
 
 TEXTS = [("a red square", "something red"), ("a green field",), ("two birds", "birds on a wire", "wildlife")]
@@ -263,8 +264,8 @@ def test_damaged_images_are_named_by_the_encoding(damage, reason, folder, tmp_pa
     write_lines(folder)
     index = find_captioned_images(folder)
     damage(folder / "a.jpg")
-    settings = EncodeSettings(image_size=8, batch_size=2, flip=False)
-    result = encode_captioned_images(index, WordEncoder(8, 4), PixelCodec(), tmp_path / "out", settings)
+    settings = EncodeSettings(ImageReader(8), batch_size=2, flip=False)
+    result = encode_captioned(index, WordEncoder(8, 4), PixelCodec(), tmp_path / "out", settings)
     assert [skip.name for skip in result.skips] == ["a.jpg"]
     assert reason in result.skips.skips[0].reason
     assert CaptionedLatents(tmp_path / "out").indices.tolist() == [1, 2]
