@@ -5,11 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-=======
-from typing import TYPE_CHECKING, Any, Literal, get_args
->>>>>>> wt-flow
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from flexidit.patch_size import PatchSize
 
@@ -82,12 +78,12 @@ class TransformerConfig:
                 f"hidden_size {self.hidden_size} does not work with {self.num_heads} heads: "
                 "it must be a multiple of num_heads and of 4"
             )
-<<<<<<< HEAD
         if self.patch_size.t > 1 and not self.is_video:
             raise ValueError(
                 f"patch size {self.patch_size.name} spans {self.patch_size.t} frames, but input_size {self.input_size} "
                 "is that of images: give (F, H, W), or a patch size 1x..x.."
             )
+        self._check_process()
 
     @property
     def is_video(self) -> bool:
@@ -98,8 +94,6 @@ class TransformerConfig:
     def mlp_width(self) -> int:
         """Width between the two layers of a block's perceptron."""
         return round(self.hidden_size * self.mlp_ratio)
-=======
-        self._check_process()
 
     def _check_process(self) -> None:
         if self.process not in get_args(ProcessName):
@@ -110,7 +104,6 @@ class TransformerConfig:
             raise ValueError(f"time_shift is a number above 0, and 1 shifts nothing; got {self.time_shift!r}")
         if self.process == "flow" and self.learn_sigma:
             raise ValueError("a flow predicts velocities and no variance: set learn_sigma=False with process='flow'")
->>>>>>> wt-flow
 
     @property
     def out_channels(self) -> int:

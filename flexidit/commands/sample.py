@@ -35,7 +35,7 @@ from flexidit.commands.sampling_setup import (
     warn_of_other_codec,
 )
 from flexidit.files import write_atomically
-from flexidit.metrics.curve import candidates
+from flexidit.metrics.curve_candidates import candidates
 from flexidit.patch_size import PatchSize
 from flexidit.pictures import GridRow, draw_grid, to_image
 from flexidit.sampling.sampler import Sampler

@@ -56,6 +56,13 @@ class CurvePoint:
     """What was asked for: which prompts; empty for classes in turn."""
     judges: str = ""
     """Who compared the samples with that, where it is not the evaluator itself."""
+    sample: str = "image"
+    """What a sample is, "image" or "clip": what FLOPs and seconds "per image" are of."""
+
+    @property
+    def a_sample(self) -> str:
+        """The same with its article, for labels."""
+        return f"an {self.sample}" if self.sample[0] in "aeiou" else f"a {self.sample}"
 
     def describe(self) -> str:
         """One line that says how the number came about."""
