@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from flexidit.config import Positions, Recipe, TextDiTConfig, TransformerConfig
+from flexidit.config import CaptionedConfig, Positions, Recipe, TransformerConfig
 from flexidit.diffusion.mmd import ChainPlan, Estimator
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _untold(expected: TransformerConfig | None) -> dict[str, Any]:
     """What the shapes of weights do not tell, or not in all layouts; flexidit's own files need none of it."""
     if expected is None:
         return {}
-    names = ("num_heads", "input_size", "caption_length") if isinstance(expected, TextDiTConfig) else ("num_heads",)
+    names = ("num_heads", "input_size", "caption_length") if isinstance(expected, CaptionedConfig) else ("num_heads",)
     return {name: getattr(expected, name) for name in names}
 
 
