@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,10 @@ from flexidit.conditions import Captions
 from flexidit.config import TextDiTConfig, config_to_dict
 from flexidit.latents import LatentCodec, PixelCodec
 from flexidit.patch_size import PatchSize
+from flexidit.sampling.denoiser import process_of
 from flexidit.sampling.sampler import Sampler
 from flexidit.sampling.schedule import PatchSchedule, ScheduleStep
+from flexidit.sampling.solvers import FLOW_SOLVERS, SOLVERS
 
 if TYPE_CHECKING:
     from flexidit.models import FlexiTransformer
@@ -76,6 +78,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the model runs in (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, one graph per patch size")
     parser.add_argument("--merge", action="store_true", help="merge adapters first (recipe lora): faster, more memory")
+
+
+def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what says how predictions become steps."""
+    parser.add_argument(
+        "--solver",
+        metavar="NAME",
+        help=f"{_listed(SOLVERS)} (default: {SOLVERS[0]}); flow models: {_listed(FLOW_SOLVERS)} "
+        f"(default: {FLOW_SOLVERS[0]})",
+    )
+    parser.add_argument(
+        "--time-shift", type=float, metavar="X", help="of a flow's noise levels (default: that of training)"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def load_model(args: argparse.Namespace) -> LoadedModel:
@@ -258,8 +277,9 @@ def warm_up(
     first = torch.zeros(batch_size, dtype=torch.long)
     if y is None:
         y, negative = _made_up(loaded.model)
+    solver = "euler" if process_of(loaded.model) == "flow" else "ddim"  # any number of steps will do
     sampler = Sampler(
-        loaded.model, "ddim", schedule=PatchSchedule(tuple(dict.fromkeys(steps))), autocast=loaded.autocast, **options
+        loaded.model, solver, schedule=PatchSchedule(tuple(dict.fromkeys(steps))), autocast=loaded.autocast, **options
     )
     away = None if negative is None else negative[:1]
     sampler(y[first], negative=away, generator=torch.Generator().manual_seed(0))
