@@ -85,16 +85,6 @@ class TransformerConfig:
             )
         self._check_process()
 
-    def _check_process(self) -> None:
-        if self.process not in get_args(ProcessName):
-            raise ValueError(f"process is {' or '.join(map(repr, get_args(ProcessName)))}, got {self.process!r}")
-        if self.process == "diffusion" and self.time_shift != 1:
-            raise ValueError(f"time_shift={self.time_shift!r} belongs to process='flow'; leave it at 1 for diffusion")
-        if not (isinstance(self.time_shift, int | float) and 0 < self.time_shift < math.inf):
-            raise ValueError(f"time_shift is a number above 0, and 1 shifts nothing; got {self.time_shift!r}")
-        if self.process == "flow" and self.learn_sigma:
-            raise ValueError("a flow predicts velocities and no variance: set learn_sigma=False with process='flow'")
-
     @property
     def is_video(self) -> bool:
         """Whether the model takes clips (N, C, F, H, W) and not images (N, C, H, W)."""
@@ -104,6 +94,16 @@ class TransformerConfig:
     def mlp_width(self) -> int:
         """Width between the two layers of a block's perceptron."""
         return round(self.hidden_size * self.mlp_ratio)
+
+    def _check_process(self) -> None:
+        if self.process not in get_args(ProcessName):
+            raise ValueError(f"process is {' or '.join(map(repr, get_args(ProcessName)))}, got {self.process!r}")
+        if self.process == "diffusion" and self.time_shift != 1:
+            raise ValueError(f"time_shift={self.time_shift!r} belongs to process='flow'; leave it at 1 for diffusion")
+        if not (isinstance(self.time_shift, int | float) and 0 < self.time_shift < math.inf):
+            raise ValueError(f"time_shift is a number above 0, and 1 shifts nothing; got {self.time_shift!r}")
+        if self.process == "flow" and self.learn_sigma:
+            raise ValueError("a flow predicts velocities and no variance: set learn_sigma=False with process='flow'")
 
     @property
     def out_channels(self) -> int:
