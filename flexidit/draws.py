@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FLIP, _NOISE, _CHOICE, _UNIFORM, _START = 0, 1, 2, 3, 4  # independent streams of one sample
+_FLIP, _NOISE, _CHOICE, _UNIFORM, _START = range(5)  # independent streams of one sample
 
 
 class Draw(NamedTuple):
