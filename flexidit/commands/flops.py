@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from flexidit.commands.sizes import parse_size
 from flexidit.config import CaptionedConfig, FlexConfig, TransformerConfig
 from flexidit.flops import CaptionWork, caption_flops, forward_flops, schedule_cost, schedule_for_budget
 from flexidit.patch_size import PatchSize
@@ -141,7 +142,7 @@ def _forward_row(config: TransformerConfig, size: PatchSize, terms: dict[str, An
 def _config(args: argparse.Namespace) -> TransformerConfig:
     config: TransformerConfig = _with_captions(args, variant_config(args.model))
     if args.input_size is not None:
-        config = replace(config, input_size=_latent_size(args.input_size, config))
+        config = replace(config, input_size=parse_size(args.input_size, len(config.input_size)))
     if args.recipe == "shared":
         if args.unmerged:
             raise ValueError("--unmerged prices adapters, which the shared recipe has none of; add --recipe lora")
@@ -162,19 +163,6 @@ def _with_captions(args: argparse.Namespace, config: TransformerConfig) -> Trans
     if args.caption_tokens < 1:
         raise ValueError(f"--caption-tokens {args.caption_tokens} must be at least 1")
     return replace(config, caption_length=args.caption_tokens)
-
-
-def _latent_size(text: str, config: TransformerConfig) -> tuple[int, ...]:
-    form = "FxHxW, such as 32x48x88" if config.is_video else "32 or 32x64"
-    try:
-        sides = [int(side) for side in text.split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) == 1 and not config.is_video:
-        sides *= 2
-    if len(sides) != len(config.input_size) or min(sides) < 1:
-        raise ValueError(f"--size {text!r} is not a latent size of this model; give {form}")
-    return tuple(sides)
 
 
 def _schedule(args: argparse.Namespace, config: TransformerConfig, weak: PatchSize) -> PatchSchedule:

@@ -37,6 +37,7 @@ def candidates(
     series: Series = "weak first",
     weak: PatchSizeLike | None = None,
     merged: bool = False,
+    size: Sequence[int] | None = None,
 ) -> list[Candidate]:
     """Schedules nearest to each budget, in the given order.
 
@@ -47,6 +48,7 @@ def candidates(
         series: How compute is saved.
         weak: Patch size of the cheap steps; None: the largest of the model.
         merged: See :attr:`SamplingSettings.merged`.
+        size: Latent size of the samples; None: the model's.
 
     Raises:
         ValueError: a budget that the patch sizes do not reach, or an unknown series.
@@ -57,7 +59,7 @@ def candidates(
         if series == "fewer steps" or budget == 1.0:
             return PatchSchedule.constant(base, max(1, math.floor(budget * num_steps + 0.5)))
         order = _ORDERS[series]
-        return flops.schedule_for_budget(model, budget, num_steps, weak=weak, order=order, merged=merged)
+        return flops.schedule_for_budget(model, budget, num_steps, weak=weak, order=order, size=size, merged=merged)
 
     if series not in (*_ORDERS, "fewer steps"):
         raise ValueError(f"unknown series {series!r}; give 'weak first', 'weak last' or 'fewer steps'")
