@@ -43,7 +43,7 @@ def encode_mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
     _check_rate(fps)
     buffer = BytesIO()
     width, height = (side + side % 2 for side in frames[0].size)
-    with av.open(buffer, "w", format="mp4", options={"movflags": "+faststart"}) as file:
+    with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": _QUALITY}
