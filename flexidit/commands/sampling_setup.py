@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flexidit.conditions import Captions
-from flexidit.config import TextDiTConfig, config_to_dict
+from flexidit.config import CaptionedConfig, config_to_dict
 from flexidit.latents import LatentCodec, PixelCodec
 from flexidit.patch_size import PatchSize
 from flexidit.sampling.denoiser import process_of
@@ -117,7 +117,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     if args.compile:
         model.compile(dynamic=False)
     autocast = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    text = recorded_text(args.checkpoint) if isinstance(loaded.config, TextDiTConfig) else None
+    text = recorded_text(args.checkpoint) if isinstance(loaded.config, CaptionedConfig) else None
     kind = {"merged": args.merge, "is_compiled": args.compile}
     return LoadedModel(model, name, device, autocast, **kind, text=text, latents=_recorded_codec(args.checkpoint))
 
@@ -288,11 +288,11 @@ def warm_up(
 def _made_up(model: Any) -> tuple[Tensor | Captions, Captions | None]:
     """A condition that the model can be told, and what to guide away from where it has no null caption."""
     config = model.config
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         return torch.zeros(1, dtype=torch.long), None
     shape = (1, config.caption_length)
     y = Captions(torch.zeros(*shape, config.caption_channels), torch.ones(shape, dtype=torch.bool))
-    return y, None if config.null_caption else y
+    return y, None if config.has_null_caption else y
 
 
 def now(device: torch.device) -> float:
