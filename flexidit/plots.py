@@ -145,8 +145,8 @@ def _label_axes(axes: Any, points: Sequence[CurvePoint], measure: Measure, again
         axes.set_xlabel("FLOPs of sampling, relative to the powerful patch size at every step", color=FAINT)
         axes.xaxis.set_major_formatter(percent)
     set_measure(axes.yaxis, measure)
-    if measure is FRECHET:
-        axes.set_ylim(0, 1.08 * max(point.frechet for point in points) or 1.0)
+    if measure.field.startswith("frechet"):
+        axes.set_ylim(0, 1.08 * max(getattr(point, measure.field) for point in points) or 1.0)
     else:
         _widen(axes, measure.least_span)
 
