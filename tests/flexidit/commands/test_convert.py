@@ -112,6 +112,17 @@ def test_what_the_official_layout_forgets_is_a_warning(build: Build, tmp_path: P
     assert "frequency_shift=0" in err and "input_size" in err and "num_heads=4" in err
 
 
+@pytest.mark.parametrize("to", list(OUTPUTS))
+def test_only_our_own_layout_tells_the_process(build: Build, to: str, tmp_path: Path, capsys: Any) -> None:
+    flow = {"process": "flow", "time_shift": 3.0, "learn_sigma": False, "frequency_shift": int(to == "diffusers")}
+    source, target = saved(build(config=flow), tmp_path), tmp_path / OUTPUTS[to]
+    assert main(["convert", source, str(target), "--to", to]) == 0
+    err = capsys.readouterr().err
+    assert ("process=diffusion, time_shift=1.0" in err) == (to != "flexidit")
+    told = {name: flow[name] for name in ("process", "time_shift")} | {"num_heads": 4}
+    assert (found := load_checkpoint(target, **told).config).process == "flow" and found.time_shift == 3.0
+
+
 @pytest.mark.parametrize("option", [[], ["--no-ema"]])
 def test_averaged_weights_are_preferred(build: Build, option: list[str], tmp_path: Path) -> None:
     state = build().state_dict()
