@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from flexidit.patch_size import PatchSize
 
@@ -15,6 +16,7 @@ Positions = Literal["coords", "corners", "grid"]
 PositionTable = Literal["sincos", "learned"]
 MlpKind = Literal["gelu", "swiglu"]
 Recipe = Literal["shared", "lora"]
+ProcessName = Literal["diffusion", "flow"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class TransformerConfig:
     as a plain one keeps that model's unit."""
     placement: Positions = "coords"
     """Where a patch sits if it is not of the unit's size; see ``positions.patch_centres``."""
+    process: ProcessName = "diffusion"
+    """What the output means: the noise of "diffusion", or the velocity of a rectified "flow"."""
+    time_shift: float = 1.0
+    """Of a flow: how far noise levels are moved towards noise, in training and (by default) in sampling; 1: evenly
+    spread. See ``diffusion.flow``."""
     flex: FlexConfig | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +83,17 @@ class TransformerConfig:
                 f"patch size {self.patch_size.name} spans {self.patch_size.t} frames, but input_size {self.input_size} "
                 "is that of images: give (F, H, W), or a patch size 1x..x.."
             )
+        self._check_process()
+
+    def _check_process(self) -> None:
+        if self.process not in get_args(ProcessName):
+            raise ValueError(f"process is {' or '.join(map(repr, get_args(ProcessName)))}, got {self.process!r}")
+        if self.process == "diffusion" and self.time_shift != 1:
+            raise ValueError(f"time_shift={self.time_shift!r} belongs to process='flow'; leave it at 1 for diffusion")
+        if not (isinstance(self.time_shift, int | float) and 0 < self.time_shift < math.inf):
+            raise ValueError(f"time_shift is a number above 0, and 1 shifts nothing; got {self.time_shift!r}")
+        if self.process == "flow" and self.learn_sigma:
+            raise ValueError("a flow predicts velocities and no variance: set learn_sigma=False with process='flow'")
 
     @property
     def is_video(self) -> bool:
@@ -89,7 +107,7 @@ class TransformerConfig:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the prediction: eps, and the variance if it is learned."""
+        """Channels of the prediction: noise or velocity, and the variance if it is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property

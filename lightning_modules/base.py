@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from flexidit.conditions import Captions, choose
 from flexidit.config import config_to_dict
-from flexidit.diffusion.gaussian import GaussianDiffusion
-from flexidit.diffusion.losses import diffusion_loss
+from flexidit.diffusion.losses import training_loss
+from flexidit.diffusion.process import Process, process_of
 from flexidit.export import BaseIdentity
 from flexidit.models import FlexiTransformer
 from flexidit.patch_size import PatchSize
@@ -37,7 +37,7 @@ from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSe
 from lightning_modules.trained_state import base_source, check_loadable, identify_base, keep_trained
 
 GAP_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
-"""Where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
+"""Step indices where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,18 @@ class NoisyBatch:
     x_t: Tensor
     """(N, C, H, W), both mixed."""
     t: Tensor
-    """(N,) step indices."""
+    """(N,) step indices of the process."""
+    times: Tensor
+    """(N,) what the model is told of them."""
     y: Any
     """N labels or captions, some of them dropped."""
 
 
 class DiffusionModule(LightningModule, ABC):
     """Trains one model at one of its patch sizes per step; with DiT's loss, unless :meth:`loss` is another.
+
+    A model whose config says ``process="flow"`` is trained as one: straight lines from data to noise, and the squared
+    error of the velocity (:mod:`flexidit.diffusion.flow`).
 
     Subclasses say what the model is, in :meth:`build_model`. Batches are ``{"x": (N, C, H, W), "y": N conditions}``:
     labels (N,), or :class:`Captions`.
@@ -94,7 +99,7 @@ class DiffusionModule(LightningModule, ABC):
         self.patch_size_weights = patch_size_weights
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile
         self.vae, self.seed = vae, seed
-        self.diffusion = GaussianDiffusion()
+        self.process: Process
         self.model: FlexiTransformer
         self.base_identity: BaseIdentity | None = None
         self.step_flops = 0
@@ -110,6 +115,7 @@ class DiffusionModule(LightningModule, ABC):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             target = self.target_settings.build()
+            self.process = process_of(target.config)
             source = base_source(target, self.target_settings.checkpoint)
             self.model = self.build_model(target)
         self.model.gradient_checkpointing = self.gradient_checkpointing
@@ -148,7 +154,7 @@ class DiffusionModule(LightningModule, ABC):
 
     def timesteps_of(self, patch_size: PatchSize) -> range:
         """The step indices that a patch size is trained and judged at."""
-        return range(self.diffusion.num_timesteps)
+        return range(self.process.num_timesteps)
 
     @property
     def judged_patch_sizes(self) -> Sequence[PatchSize]:
@@ -201,11 +207,11 @@ class DiffusionModule(LightningModule, ABC):
         return self._draws("train", self.global_step, first, count)
 
     def loss(self, batch: Mapping[str, Any], patch_size: PatchSize, draws: SampleDraws) -> Tensor:
-        """What is minimised, and what validation judges: a scalar. Here DiT's loss."""
+        """What is minimised, and what validation judges: a scalar. Here DiT's loss, or that of a flow."""
         noisy = self.noised(batch, patch_size, draws)
-        output = self.model(noisy.x_t, noisy.t, noisy.y, patch_size=patch_size)
-        losses = diffusion_loss(
-            self.diffusion, output, noisy.x_start, noisy.x_t, noisy.t, noisy.noise, self.model.learn_sigma
+        output = self.model(noisy.x_t, noisy.times, noisy.y, patch_size=patch_size)
+        losses = training_loss(
+            self.process, output, noisy.x_start, noisy.x_t, noisy.t, noisy.noise, self.model.learn_sigma
         )
         return losses.total.mean()
 
@@ -217,7 +223,8 @@ class DiffusionModule(LightningModule, ABC):
         dropout = self.model.config.class_dropout_prob if self.training else 0.0
         if dropout > 0:
             y = choose(draws.dropped(dropout, y.device), self.null_condition(y), y)
-        return NoisyBatch(x_start, noise, self.diffusion.q_sample(x_start, t, noise), t, y)
+        x_t = self.process.q_sample(x_start, t, noise)
+        return NoisyBatch(x_start, noise, x_t, t, self.process.model_timesteps(t), y)
 
     def on_validation_epoch_start(self) -> None:
         self._num_validated = 0
@@ -336,7 +343,7 @@ class DiffusionModule(LightningModule, ABC):
         from flexidit.analysis.gap import weak_powerful_gap
 
         noise, y = draws.noise_like(batch["x"]), self.model.prepare(batch["y"])
-        return weak_powerful_gap(self.model, self.diffusion, batch["x"], y, noise, GAP_TIMESTEPS)
+        return weak_powerful_gap(self.model, self.process, batch["x"], y, noise, GAP_TIMESTEPS)
 
     def _draw_gap(self) -> None:
         from flexidit.plots import gap_figure

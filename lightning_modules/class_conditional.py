@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexidit.diffusion.gaussian import GaussianDiffusion
 from flexidit.diffusion.mmd import ChainPlan, Estimator, bootstrapped_mmd_loss, sample_time_pair
 from flexidit.models import FlexiTransformer
 from flexidit.patch_size import PatchSize
@@ -25,7 +26,7 @@ class ClassConditional(DiffusionModule):
     Args:
         target: the pre-trained model.
         flex: weak patch sizes and recipe.
-        matching: the distribution-matching loss.
+        matching: the distribution-matching loss, of models that predict noise.
         optimizer: AdamW and its learning rate.
         patch_size_weights: how often each patch size is drawn, relative to the others; null draws all that train
             equally often.
@@ -61,12 +62,13 @@ class ClassConditional(DiffusionModule):
             seed=seed,
         )
         self.matching = matching or MatchingSettings()
-        self.chain_diffusion = self.diffusion.respaced(self.matching.num_timesteps)
+        self.chain_diffusion: GaussianDiffusion
         self.plan: ChainPlan
 
     def configure_model(self) -> None:
         super().configure_model()
         if self.matching.weight > 0:
+            self.chain_diffusion = self._chain_process()
             self.plan = self._checked_plan()
 
     def build_model(self, target: FlexiTransformer) -> FlexiTransformer:
@@ -128,6 +130,14 @@ class ClassConditional(DiffusionModule):
         costs = [self._forward_flops(size) for size in self.plan]
         backward = (1 if self._is_frozen else 2) * sum(costs[-self._num_backprop_steps :])
         return (sum(costs) + backward) // 2
+
+    def _chain_process(self) -> GaussianDiffusion:
+        if not isinstance(self.process, GaussianDiffusion):
+            raise ValueError(
+                "the matching loss denoises in steps of a diffusion and this model's process is 'flow': set "
+                "matching.weight to 0"
+            )
+        return self.process.respaced(self.matching.num_timesteps)
 
     def _checked_plan(self) -> ChainPlan:
         plan = self.matching.plan(self.model.patch_sizes)

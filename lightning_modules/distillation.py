@@ -27,7 +27,9 @@ class Distillation(DiffusionModule):
 
     Teacher and student are one model: the teacher's prediction is that of the base patch size, without gradients. Both
     see the same noisy samples and the same conditions, the same ones of them dropped. The loss is the mean squared
-    difference of the noise predictions (READING.md, gap 9).
+    difference of the noise predictions (READING.md, gap 9), or of the velocities of a flow. Both weight noise levels as
+    the base's own training did, so that an error costs the student what it cost its teacher. (Of clean latents, which
+    differ by sigma times what velocities differ by, those near the data would hardly count.)
 
     Where the model learns a variance, the weak sizes' variance channels are not trained unless ``distill_variance``:
     the solver "ddpm" uses them.
@@ -38,8 +40,8 @@ class Distillation(DiffusionModule):
         optimizer: AdamW and its learning rate; default: Table 5.
         distill_variance: compare the variance channels too.
         timestep_ranges: restrict patch sizes to step indices from and below, such as ``{4: [400, 1000]}``, or to those
-            of their own steps in a schedule, such as "4:60,2:40": trains for that one schedule. 0 is data, 1000 noise;
-            sizes that are not named train at all of them.
+            of their own steps in a schedule, such as "4:60,2:40": trains for that one schedule. 0 is data, 1000 noise
+            (of a flow, before its time shift); sizes that are not named train at all of them.
         patch_size_weights: how often each weak patch size is drawn, relative to the others; null: equally often.
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
@@ -82,7 +84,7 @@ class Distillation(DiffusionModule):
                 "it to lora, or train with lightning_modules.ClassConditional"
             )
         student = make_student(target, self.flex_settings)
-        self._ranges = parse_ranges(self.timestep_ranges, student.patch_sizes[1:], self.diffusion.num_timesteps)
+        self._ranges = parse_ranges(self.timestep_ranges, student.patch_sizes[1:], self.process.num_timesteps)
         return student
 
     def timesteps_of(self, patch_size: PatchSize) -> range:
@@ -98,8 +100,8 @@ class Distillation(DiffusionModule):
         with torch.no_grad():
             # What blocks read of captions is frozen, so one computation serves teacher and student.
             y = self.model.prepare(noisy.y)
-            target = self.model(noisy.x_t, noisy.t, y, patch_size=self.model.base_patch_size)  # (N, O, H, W)
-        output = self.model(noisy.x_t, noisy.t, y, patch_size=patch_size)  # (N, O, H, W)
+            target = self.model(noisy.x_t, noisy.times, y, patch_size=self.model.base_patch_size)  # (N, O, H, W)
+        output = self.model(noisy.x_t, noisy.times, y, patch_size=patch_size)  # (N, O, H, W)
         num_channels = self.model.out_channels if self.distill_variance else self.model.in_channels
         dtype = torch.promote_types(output.dtype, torch.float32)  # bfloat16 would round the difference
         return F.mse_loss(output[:, :num_channels].to(dtype), target[:, :num_channels].to(dtype))

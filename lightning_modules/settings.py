@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _COMPARED = (  # what decides which function the weights compute
     "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_classes", "caption_channels",
-    "position_scale", "position_table", "qk_norm", "mlp", "micro_conditions",
+    "position_scale", "position_table", "qk_norm", "mlp", "micro_conditions", "process", "time_shift",
 )  # fmt: skip
 
 
@@ -106,7 +106,9 @@ def _untold(expected: TransformerConfig | None) -> dict[str, Any]:
     """What the shapes of weights do not tell, or not in all layouts; flexidit's own files need none of it."""
     if expected is None:
         return {}
-    names = ("num_heads", "input_size", "caption_length") if isinstance(expected, TextDiTConfig) else ("num_heads",)
+    names = ["num_heads", "process", "time_shift"]
+    if isinstance(expected, TextDiTConfig):
+        names += ["input_size", "caption_length"]
     return {name: getattr(expected, name) for name in names}
 
 

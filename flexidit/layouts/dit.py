@@ -20,7 +20,7 @@ StateDict = Mapping[str, Tensor]
 CLASS_NAME = "DiTTransformer2DModel"
 FINAL_LINEAR = "proj_out_2"
 """diffusers' name of what turns tokens into patches."""
-UNTOLD_BY_DIFFUSERS: tuple[str, ...] = ()
+UNTOLD_BY_DIFFUSERS: tuple[str, ...] = ("process", "time_shift")
 
 _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden_size -> num_heads (Peebles and Xie 2023, table 1)
 

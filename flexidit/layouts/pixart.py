@@ -25,7 +25,7 @@ FINAL_LINEAR = "proj_out"
 """diffusers' name of what turns tokens into patches."""
 NULL_CAPTION = "y_embedder.y_embedding"
 """The one tensor that diffusers' layout has no place for."""
-UNTOLD_BY_DIFFUSERS: tuple[str, ...] = ("caption_length", "pixels_per_latent")
+UNTOLD_BY_DIFFUSERS: tuple[str, ...] = ("caption_length", "pixels_per_latent", "process", "time_shift")
 
 _PUBLISHED_HEADS = {1152: 16}  # hidden_size -> num_heads (Chen et al. 2023, PixArt-XL/2)
 _SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
