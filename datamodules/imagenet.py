@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from datamodules.image_data import ImageDataModule
+from datamodules.file_data import FileDataModule
 from datamodules.image_samples import ImageSamples
 from flexidit.images import find_images
 from flexidit.latent_shards import LatentShards, OnError
 from flexidit.latents import CodecDtype
+from flexidit.sample_readers import ImageReader
 
 
-class ImageNetDataModule(ImageDataModule):
+class ImageNetDataModule(FileDataModule):
     """Class-conditional images for training and validation.
 
     Batches are ``{"x": (N, C, H, W) float32, "y": (N,) int64}``. What lies at ``train`` decides how it is read:
@@ -66,7 +67,7 @@ class ImageNetDataModule(ImageDataModule):
         super().__init__(
             train,
             val,
-            image_size=image_size,
+            reader=ImageReader(image_size),
             batch_size=batch_size,
             num_workers=num_workers,
             vae=vae,
@@ -78,7 +79,7 @@ class ImageNetDataModule(ImageDataModule):
             on_error=on_error,
             seed=seed,
         )
-        self.num_classes, self.labels = num_classes, labels
+        self.image_size, self.num_classes, self.labels = image_size, num_classes, labels
 
     def open_latents(self, root: str, expected: dict[str, Any], flip: bool) -> LatentShards:
         """Latents with labels."""
@@ -91,11 +92,11 @@ class ImageNetDataModule(ImageDataModule):
             num_classes=self.num_classes,
         )
 
-    def open_images(self, root: str, flip: bool) -> ImageSamples:
+    def open_files(self, root: str, flip: bool, training: bool) -> ImageSamples:
         """Images with labels."""
         images = find_images(root, self.labels if root == self.train else None, self.num_classes)
         return ImageSamples(images, self.image_size, seed=self.seed, flip=flip, on_error=self.on_error)
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Encode raw images on the device they have been moved to; leaves ``x`` and ``y``."""
-        return {"x": self.encode_images(batch), "y": batch["y"]} if "index" in batch else batch
+        return {"x": self.encode_samples(batch), "y": batch["y"]} if "index" in batch else batch

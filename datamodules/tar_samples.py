@@ -1,10 +1,10 @@
-"""Raw images streamed from webdataset tars: ``name.jpg`` with ``name.cls``, or with ``name.txt`` or ``name.json``.
+"""Raw images and clips streamed from webdataset tars.
+
+A sample is ``name.jpg`` (or ``name.mp4``) with ``name.cls``, or with ``name.txt`` or ``name.json``.
 
 A stream has no random access, so what is exact elsewhere is bought here: shards are shuffled and dealt to ranks and
 workers by (seed, epoch), samples are shuffled in a buffer, and a resume reads again what the interrupted epoch had
 consumed. It is exact if the tars, the number of workers and the number of ranks are as they were.
-
-Shape legend: S side of the square crop.
 """
 
 import hashlib
@@ -23,14 +23,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from flexidit.captioned_images import caption_fault, parse_captions
 from flexidit.draws import Draw, draw_choice, draw_flip
-from flexidit.images import BrokenImageError, read_pixels
 from flexidit.latent_shards import OnError
-from flexidit.skips import SkipReport
+from flexidit.sample_readers import SampleReader
+from flexidit.skips import BrokenFileError, SkipReport
 
 logger = logging.getLogger(__name__)
 TarTarget = Literal["label", "caption"]
 _TARGET_KEYS: dict[TarTarget, tuple[str, ...]] = {"label": ("cls",), "caption": ("txt", "json")}
-_IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 _MAX_WORKERS = 256
 _NAME_BYTES = 1 << 14
 _MAX_EMPTY_PASSES = 8
@@ -151,14 +150,14 @@ def _count(tar: str, keys: tuple[str, ...]) -> int:
 class TarSamples(IterableDataset[dict[str, Any]]):
     """Endless stream of one rank for training, or one pass over its tars for evaluation.
 
-    Samples are ``{"x": (3, S, S), "index", "epoch"}`` with ``y``, the label, or ``texts``, one of the captions, drawn
+    Samples are ``{"x": pixels, "index", "epoch"}`` with ``y``, the label, or ``texts``, one of the captions, drawn
     anew in every epoch, keyed by (seed, epoch, name of the sample). Captions are read as those beside image files are
     (:func:`~flexidit.captioned_images.find_captioned_images`): ``name.txt``, else ``name.json``.
 
     Args:
         tars: files or URLs.
-        size: S.
-        target: whether labels or captions belong to the images.
+        reader: what is read of a file.
+        target: whether labels or captions belong to the files.
         num_samples: of all tars together; with ``batch_size`` it makes the length of an epoch, equal on all ranks.
         batch_size: of one process.
         training: shuffle, repeat, flip as asked.
@@ -174,7 +173,7 @@ class TarSamples(IterableDataset[dict[str, Any]]):
     def __init__(
         self,
         tars: list[str],
-        size: int,
+        reader: SampleReader,
         *,
         target: TarTarget = "label",
         num_samples: int,
@@ -188,7 +187,7 @@ class TarSamples(IterableDataset[dict[str, Any]]):
         num_classes: int | None = None,
         on_error: OnError = "skip",
     ) -> None:
-        self.tars, self.image_size, self.training, self.flip = tars, size, training, flip and training
+        self.tars, self.reader, self.training, self.flip = tars, reader, training, flip and training
         self.size, self.seed, self.rank, self.num_replicas = num_samples, seed, rank, world_size
         self.shuffle_buffer, self.num_classes, self.on_error = shuffle_buffer, num_classes, on_error
         self.target = target
@@ -282,12 +281,12 @@ class TarSamples(IterableDataset[dict[str, Any]]):
         name = f"{sample.get('__url__')}: {sample['__key__']}"
         draw = Draw(_number(sample["__key__"]), self.epoch)
         try:
-            data = next((sample[key] for key in _IMAGE_KEYS if key in sample), None)
+            data = next((sample[key] for key in sample if f".{key}" in self.reader.suffixes), None)
             if data is None:
-                raise BrokenImageError("has no image")
+                raise BrokenFileError(f"has no {self.reader.noun}")
             target = self._label(sample) if self.target == "label" else self._caption(sample, name, draw)
-            pixels = read_pixels(data, self.image_size)
-        except BrokenImageError as error:
+            pixels = self.reader.read(data, draw, self.seed)
+        except BrokenFileError as error:
             raise BrokenSampleError(name, str(error)) from error
         if self.flip and draw_flip(self.seed, draw):
             pixels = pixels.flip(-1)
@@ -296,15 +295,15 @@ class TarSamples(IterableDataset[dict[str, Any]]):
     def _label(self, sample: dict[str, Any]) -> dict[str, Any]:
         text = sample.get("cls", b"").decode(errors="replace").strip()
         if not text.isdecimal():
-            raise BrokenImageError("has no label" if not text else f"has the label {text!r}")
+            raise BrokenFileError("has no label" if not text else f"has the label {text!r}")
         if self.num_classes is not None and int(text) >= self.num_classes:
-            raise BrokenImageError(f"has class {text}, the model has {self.num_classes} classes")
+            raise BrokenFileError(f"has class {text}, the model has {self.num_classes} classes")
         return {"y": torch.tensor(int(text))}
 
     def _caption(self, sample: dict[str, Any], name: str, draw: Draw) -> dict[str, Any]:
         captions, faults = _read_captions(sample)
         if not captions:
-            raise BrokenImageError(faults[0])
+            raise BrokenFileError(faults[0])
         for fault in faults:
             self._handle(BrokenSampleError(name, fault))
         return {"texts": captions[draw_choice(self.seed, draw, len(captions))]}
@@ -320,14 +319,14 @@ class TarSamples(IterableDataset[dict[str, Any]]):
 
 
 def _read_captions(sample: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(captions, what is wrong with others); the text goes before the JSON, as with files beside images."""
+    """(captions, what is wrong with others); the text goes before the JSON, as with files beside others."""
     key = next((key for key in _TARGET_KEYS["caption"] if key in sample), None)
     try:
         found = None if key is None else parse_captions(sample[key], f".{key}")
     except ValueError as error:
-        raise BrokenImageError(f".{key} {error}") from error
+        raise BrokenFileError(f".{key} {error}") from error
     if not found:
-        raise BrokenImageError("has no caption" if found is None else "empty caption")
+        raise BrokenFileError("has no caption" if found is None else "empty caption")
     texts = found if isinstance(found, list) else [found]
     faults = [fault for fault in map(caption_fault, texts) if fault]
     return list(dict.fromkeys(text.strip() for text in texts if not caption_fault(text))), faults

@@ -2,14 +2,14 @@
 
 A shard of captioned latents holds, beside its latents (see ``latent_shards.py``)::
 
-    captions (N,) int64            number of captions of each image
-    caption_tokens (K,) int64      number of visible tokens of each caption, image after image
+    captions (N,) int64            number of captions of each sample, an image or a clip
+    caption_tokens (K,) int64      number of visible tokens of each caption, sample after sample
     embeddings (S, E)              the visible tokens of all captions, one after the other, in the encoder's dtype
 
 and the folder holds ``null.safetensors``: ``embeddings`` (S, E) of the empty caption. The fingerprint has a field
 ``text_encoder``, which is also in the header of every shard, so that a shard of another encoder is recognised.
 
-Shape legend: N images of a shard, K captions of all of them, S visible tokens of all of these, L tokens that captions
+Shape legend: N samples of a shard, K captions of all of them, S visible tokens of all of these, L tokens that captions
 are padded to, E width of the text encoder, Z h w as in ``latent_shards.py``.
 """
 
@@ -47,10 +47,10 @@ _FINGERPRINT = "text_encoder"
 
 
 class EncodedCaptions:
-    """Companions of text-to-image data: the captions of each image through a text encoder."""
+    """Companions of captioned data: the captions of each image or clip through a text encoder."""
 
-    def __init__(self, images: CaptionedIndex, encoder: CaptionEncoder) -> None:
-        self.images, self.encoder = images, encoder
+    def __init__(self, source: CaptionedIndex, encoder: CaptionEncoder) -> None:
+        self.index, self.encoder = source, encoder
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class EncodedCaptions:
     @property
     def source(self) -> dict[str, Any]:
         """Names and captions, hashed."""
-        lines = (json.dumps([item.file, *item.captions]) for item in self.images.items)
+        lines = (json.dumps([item.file, *item.captions]) for item in self.index.items)
         return {"names_and_captions_sha256": hash_lines(lines)}
 
     @property
@@ -75,7 +75,7 @@ class EncodedCaptions:
 
     def rows(self, positions: Sequence[int]) -> CompanionRows:
         """``captions`` (N,), ``caption_tokens`` (K,) and ``embeddings`` (S, E)."""
-        items = [self.images.items[position] for position in positions]
+        items = [self.index.items[position] for position in positions]
         texts = [caption for item in items for caption in item.captions]
         encoded = self.encoder.encode(texts)
         tensors = {
@@ -90,27 +90,27 @@ class EncodedCaptions:
         return CompanionRows(tensors, [{"captions": list(item.captions)} for item in items], truncated)
 
 
-def encode_captioned_images(
-    images: CaptionedIndex,
+def encode_captioned(
+    source: CaptionedIndex,
     encoder: CaptionEncoder,
     codec: Codec,
     out: str | Path,
     settings: EncodeSettings,
     on_progress: OnProgress | None = None,
 ) -> EncodeResult:
-    """Encode images and their captions into shards, as :func:`flexidit.latent_encoding.encode_with` does.
+    """Encode images or clips and their captions into shards, as :func:`flexidit.latent_encoding.encode_with` does.
 
     Raises:
-        ValueError: if the folder holds latents made in another way, or every image is broken.
+        ValueError: if the folder holds latents made in another way, or every file is broken.
     """
-    return encode_with(EncodedCaptions(images, encoder), images, codec, out, settings, on_progress)
+    return encode_with(EncodedCaptions(source, encoder), source, codec, out, settings, on_progress)
 
 
 class _CaptionTables(NamedTuple):
     """Where the captions of one shard begin."""
 
     first: Tensor
-    """(N + 1,) number of the first caption of each image, and that of all captions."""
+    """(N + 1,) number of the first caption of each sample, and that of all captions."""
     token: Tensor
     """(K + 1,) place of the first token of each caption, and the number of all tokens."""
 
@@ -118,7 +118,7 @@ class _CaptionTables(NamedTuple):
 class CaptionedLatents(StoredLatents):
     """Latents with embedded captions: ``dataset[Draw(sample, epoch)]`` is a pure function of its arguments.
 
-    Of an image's captions one is drawn in each epoch, keyed by (seed, epoch, position of the image in the source) as
+    Of a sample's captions one is drawn in each epoch, keyed by (seed, epoch, position of its file in the source) as
     flips and noise are. Mirror images are off, other than for labels: a caption that says "left" is false of them.
 
     Args:
@@ -155,7 +155,7 @@ class CaptionedLatents(StoredLatents):
 
     @property
     def total_captions(self) -> int:
-        """Captions of all images."""
+        """Captions of all samples."""
         return sum(len(tables.token) - 1 for tables in self._tables)
 
     @property
@@ -175,11 +175,11 @@ class CaptionedLatents(StoredLatents):
         return {"x": x, "y": self._padded([self._drawn(draw) for draw in draws])}
 
     def captions(self, index: int) -> Captions:
-        """All captions of one image, in the order of the source: (its captions, L, E)."""
+        """All captions of one sample, in the order of the source: (its captions, L, E)."""
         return self._padded([self._caption(index, number) for number in range(self.num_captions(index))])
 
     def num_captions(self, index: int) -> int:
-        """How many captions one image has."""
+        """How many captions one sample has."""
         tables, row = self._place(index)
         return int(tables.first[row + 1] - tables.first[row])
 

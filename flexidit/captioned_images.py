@@ -1,4 +1,4 @@
-"""Finding captioned images: COCO annotations, a ``metadata.jsonl``, or a text file beside each image.
+"""Finding captioned images and clips: COCO annotations, a ``metadata.jsonl``, or a text file beside each of them.
 
 What cannot be used is named and counted, entry by entry; only a source that as a whole is unusable is refused.
 """
@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flexidit.images import IMAGE_SUFFIXES, image_files
+from flexidit.clips import CLIP_SUFFIXES
+from flexidit.files import files_below
+from flexidit.images import IMAGE_SUFFIXES
 from flexidit.skips import SkipReport
 
 METADATA_LINES = "metadata.jsonl"
@@ -21,8 +23,8 @@ _CAPTION_KEYS = ("captions", "caption", "text")
 
 
 @dataclass(frozen=True)
-class CaptionedImage:
-    """An image and what is said of it."""
+class CaptionedFile:
+    """An image or a clip, and what is said of it."""
 
     file: str
     """Path relative to the index's root, with forward slashes."""
@@ -32,12 +34,14 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class CaptionedIndex:
-    """Captioned images in a fixed order: sorted by path."""
+    """Captioned images or clips in a fixed order: sorted by path."""
 
     root: Path
-    items: list[CaptionedImage]
+    items: list[CaptionedFile]
     skips: SkipReport = field(default_factory=SkipReport)
-    """What was left out: images without captions, captions without an image, entries that cannot be read."""
+    """What was left out: files without captions, captions without a file, entries that cannot be read."""
+    noun: str = "image"
+    """What the files are: "image" or "clip"."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -49,11 +53,11 @@ class CaptionedIndex:
 
     @property
     def num_captions(self) -> int:
-        """Captions of all images."""
+        """Captions of all files."""
         return sum(len(item.captions) for item in self.items)
 
     def path(self, index: int) -> Path:
-        """Where one image lies."""
+        """Where one file lies."""
         return self.root / self.items[index].file
 
 
@@ -81,12 +85,20 @@ def find_captioned_images(root: str | Path, captions: str | Path | None = None) 
         FileNotFoundError: if ``root`` or ``captions`` does not exist, or no image is there.
         ValueError: if the captions as a whole cannot be read, or leave no image.
     """
-    root = Path(root)
+    return _find_captioned(Path(root), captions, "image", IMAGE_SUFFIXES)
+
+
+def find_captioned_clips(root: str | Path, captions: str | Path | None = None) -> CaptionedIndex:
+    """List the clips (videos) under ``root`` with their captions, found as those of :func:`find_captioned_images`."""
+    return _find_captioned(Path(root), captions, "clip", CLIP_SUFFIXES)
+
+
+def _find_captioned(root: Path, captions: str | Path | None, noun: str, suffixes: frozenset[str]) -> CaptionedIndex:
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder of images at {root}")
-    gathered = _Gathered(root, image_files(root))
+        raise FileNotFoundError(f"no folder of {noun}s at {root}")
+    gathered = _Gathered(root, files_below(root, suffixes), noun)
     if not gathered.files:
-        raise FileNotFoundError(f"no images in {root}: expected {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise FileNotFoundError(f"no {noun}s in {root}: expected {', '.join(sorted(suffixes))}")
     source = _find_captions(root) if captions is None else Path(captions)
     _reader_of(source)(source, gathered)
     return gathered.index(source)
@@ -116,10 +128,10 @@ def _reader_of(source: Path) -> Callable[[Path, _Gathered], None]:
 
 
 class _Gathered:
-    """Images and the captions found for them so far."""
+    """Images or clips, and the captions found for them so far."""
 
-    def __init__(self, root: Path, files: list[str]) -> None:
-        self.root, self.files, self.skips = root, files, SkipReport()
+    def __init__(self, root: Path, files: list[str], noun: str) -> None:
+        self.root, self.files, self.noun, self.skips = root, files, noun, SkipReport()
         self.captions: dict[str, list[str]] = {}
         self._known = set(files)
         self._by_name: dict[str, list[str]] = {}
@@ -127,18 +139,18 @@ class _Gathered:
             self._by_name.setdefault(file.rsplit("/", 1)[-1], []).append(file)
 
     def find(self, name: str) -> str | None:
-        """The image of that path or name; None, and counted, if there is none or not one."""
+        """The file of that path or name; None, and counted, if there is none or not one."""
         path = PurePosixPath(name).as_posix()
         for file in (path, path.removeprefix(f"{self.root.name}/")):
             if file in self._known:
                 return file
         same = self._by_name.get(path, [])
         if len(same) != 1:
-            self.skips.add(name, f"{len(same)} images have this name" if same else "image not found")
+            self.skips.add(name, f"{len(same)} {self.noun}s have this name" if same else f"{self.noun} not found")
         return same[0] if len(same) == 1 else None
 
     def add(self, file: str, captions: Any, where: str) -> None:
-        """Count in what is said of an image: a text or a list of texts; ``where`` names the entry."""
+        """Count in what is said of a file: a text or a list of texts; ``where`` names the entry."""
         kept = self.captions.setdefault(file, [])
         for caption in captions if isinstance(captions, list) else [captions]:
             reason = caption_fault(caption) or ("duplicate caption" if caption.strip() in kept else None)
@@ -148,9 +160,9 @@ class _Gathered:
                 kept.append(caption.strip())
 
     def index(self, source: Path) -> CaptionedIndex:
-        """The images that have a caption; the others are counted.
+        """The files that have a caption; the others are counted.
 
-        Where captions are listed in a file, only the images of folders that it speaks of are expected to have one.
+        Where captions are listed in a file, only the files of folders that it speaks of are expected to have one.
         """
         folders = {_folder(file) for file in self.captions}
         expected = [file for file in self.files if source.is_dir() or _folder(file) in folders]
@@ -158,12 +170,12 @@ class _Gathered:
         items = []
         for file in expected:
             if self.captions.get(file):
-                items.append(CaptionedImage(file, tuple(self.captions[file])))
+                items.append(CaptionedFile(file, tuple(self.captions[file])))
             elif file not in named:  # the reason is known where it is
                 self.skips.add(file, "no caption")
         if not items:
-            raise ValueError(f"no image in {self.root} has a caption in {source} ({self.skips.summary('item')})")
-        return CaptionedIndex(self.root, items, self.skips)
+            raise ValueError(f"no {self.noun} in {self.root} has a caption in {source} ({self.skips.summary('item')})")
+        return CaptionedIndex(self.root, items, self.skips, self.noun)
 
 
 def _folder(file: str) -> str:
@@ -281,7 +293,7 @@ def _read_sidecars(folder: Path, gathered: _Gathered) -> None:
             _read_sidecar(path, file, gathered)
     for path in sorted(folder.rglob("*")):
         if path.suffix in kinds and path not in used:
-            gathered.skips.add(path.relative_to(folder).as_posix(), "no image of this name")
+            gathered.skips.add(path.relative_to(folder).as_posix(), f"no {gathered.noun} of this name")
 
 
 def _read_sidecar(path: Path, file: str, gathered: _Gathered) -> None:
@@ -297,7 +309,7 @@ def _read_sidecar(path: Path, file: str, gathered: _Gathered) -> None:
 
 
 def parse_captions(data: bytes, suffix: str) -> Any:
-    """What a file beside an image says: a list of texts of a ``.txt``, whatever the JSON has of another.
+    """What a file beside an image or a clip says: a list of texts of a ``.txt``, whatever the JSON has of another.
 
     Each of it is still to be checked by :func:`caption_fault`. Nothing (None or an empty list) is an empty file.
 

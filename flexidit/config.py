@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 from flexidit.patch_size import PatchSize
 
@@ -85,16 +85,6 @@ class TransformerConfig:
             )
         self._check_process()
 
-    def _check_process(self) -> None:
-        if self.process not in get_args(ProcessName):
-            raise ValueError(f"process is {' or '.join(map(repr, get_args(ProcessName)))}, got {self.process!r}")
-        if self.process == "diffusion" and self.time_shift != 1:
-            raise ValueError(f"time_shift={self.time_shift!r} belongs to process='flow'; leave it at 1 for diffusion")
-        if not (isinstance(self.time_shift, int | float) and 0 < self.time_shift < math.inf):
-            raise ValueError(f"time_shift is a number above 0, and 1 shifts nothing; got {self.time_shift!r}")
-        if self.process == "flow" and self.learn_sigma:
-            raise ValueError("a flow predicts velocities and no variance: set learn_sigma=False with process='flow'")
-
     @property
     def is_video(self) -> bool:
         """Whether the model takes clips (N, C, F, H, W) and not images (N, C, H, W)."""
@@ -104,6 +94,16 @@ class TransformerConfig:
     def mlp_width(self) -> int:
         """Width between the two layers of a block's perceptron."""
         return round(self.hidden_size * self.mlp_ratio)
+
+    def _check_process(self) -> None:
+        if self.process not in get_args(ProcessName):
+            raise ValueError(f"process is {' or '.join(map(repr, get_args(ProcessName)))}, got {self.process!r}")
+        if self.process == "diffusion" and self.time_shift != 1:
+            raise ValueError(f"time_shift={self.time_shift!r} belongs to process='flow'; leave it at 1 for diffusion")
+        if not (isinstance(self.time_shift, int | float) and 0 < self.time_shift < math.inf):
+            raise ValueError(f"time_shift is a number above 0, and 1 shifts nothing; got {self.time_shift!r}")
+        if self.process == "flow" and self.learn_sigma:
+            raise ValueError("a flow predicts velocities and no variance: set learn_sigma=False with process='flow'")
 
     @property
     def out_channels(self) -> int:
@@ -147,16 +147,27 @@ class DiTConfig(TransformerConfig):
 
 
 @dataclass(frozen=True)
-class TextDiTConfig(TransformerConfig):
-    """A text-conditional one with cross-attention and adaLN-single, as PixArt-alpha (Chen et al. 2023).
-
-    With a 3-D ``input_size`` it is the paper's Video DiT: tokens of all frames attend to one another.
-    """
+class CaptionedConfig(TransformerConfig):
+    """What the configs of text-conditional families share."""
 
     caption_channels: int = 4096
     """Width of the text encoder; 4096 is T5-XXL."""
     caption_length: int = 120
     """Most tokens of a caption."""
+
+    @property
+    def has_null_caption(self) -> bool:
+        """Whether the weights hold a caption of their own for the unconditional prediction."""
+        return False
+
+
+@dataclass(frozen=True)
+class TextDiTConfig(CaptionedConfig):
+    """A text-conditional one with cross-attention and adaLN-single, as PixArt-alpha (Chen et al. 2023).
+
+    With a 3-D ``input_size`` it is the paper's Video DiT: tokens of all frames attend to one another.
+    """
+
     null_caption: bool = True
     """Whether the weights hold a caption of their own for the unconditional prediction, as PixArt's ``.pth`` do;
     diffusers' layout does not, and its pipelines encode an empty prompt instead."""
@@ -174,6 +185,11 @@ class TextDiTConfig(TransformerConfig):
     """Downscale of the VAE, for micro-conditions that are not given."""
 
     @property
+    def has_null_caption(self) -> bool:
+        """Whether the weights hold a caption of their own for the unconditional prediction."""
+        return self.null_caption
+
+    @property
     def computes_positions(self) -> bool:
         """Whether positions are a function of coordinates."""
         return self.position_table == "sincos"
@@ -188,11 +204,54 @@ class TextDiTConfig(TransformerConfig):
             raise ValueError("micro_conditions are of images: set them to false for a model of clips")
 
 
-_FAMILIES: dict[str, type[DiTConfig] | type[TextDiTConfig]] = {"DiT": DiTConfig, "TextDiT": TextDiTConfig}
+@dataclass(frozen=True)
+class WanConfig(CaptionedConfig):
+    """Wan 2.1 (Wan Team 2025), whose text-to-video model of 1.3 B parameters the defaults are."""
+
+    embedding_name: ClassVar[str] = "patch_embedding"
+    unembedding_name: ClassVar[str] = "head.head"
+
+    input_size: tuple[int, ...] = (21, 60, 104)
+    in_channels: int = 16
+    hidden_size: int = 1536
+    depth: int = 30
+    num_heads: int = 12
+    mlp_ratio: float = 8960 / 1536
+    learn_sigma: bool = False
+    process: ProcessName = "flow"
+    time_shift: float = 3.0
+    """3 at 480 lines, 5 at 720 (Wan Team 2025)."""
+    caption_length: int = 512
+    """Captions are filled up to it, and what fills them is attended to like any token."""
+    norm_eps: float = 1e-6
+    """Of all norms."""
+
+    @property
+    def has_position_table(self) -> bool:
+        """Rotary positions are no weights."""
+        return False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.is_video:
+            raise ValueError(f"a Wan takes clips: give input_size as (F, H, W), got {self.input_size}")
+        if self.process != "flow":
+            raise ValueError(f"a Wan predicts velocities: leave process at 'flow', got {self.process!r}")
+        head_size = self.hidden_size // self.num_heads
+        if head_size % 2 or head_size < 6:
+            raise ValueError(
+                f"heads of {head_size} channels ({self.hidden_size} / {self.num_heads}) have no place for rotary "
+                "positions along three axes: give an even number from 6 on"
+            )
+
+
+AnyConfig: TypeAlias = DiTConfig | TextDiTConfig | WanConfig
+
+_FAMILIES: dict[str, type[AnyConfig]] = {"DiT": DiTConfig, "TextDiT": TextDiTConfig, "Wan": WanConfig}
 
 
 def family_of(config: TransformerConfig) -> str:
-    """ "DiT" or "TextDiT"."""
+    """ "DiT", "TextDiT" or "Wan"."""
     return next(name for name, kind in _FAMILIES.items() if type(config) is kind)
 
 
@@ -201,7 +260,7 @@ def config_to_dict(config: TransformerConfig) -> dict[str, Any]:
     return {"family": family_of(config), **_plain(asdict(config))}
 
 
-def config_from_dict(values: Mapping[str, Any]) -> DiTConfig | TextDiTConfig:
+def config_from_dict(values: Mapping[str, Any]) -> AnyConfig:
     """Inverse of :func:`config_to_dict`.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FLIP, _NOISE, _CHOICE, _UNIFORM = 0, 1, 2, 3  # independent streams of one sample
+_FLIP, _NOISE, _CHOICE, _UNIFORM, _START = range(5)  # independent streams of one sample
 
 
 class Draw(NamedTuple):
@@ -52,3 +52,8 @@ def draw_choice(seed: int, draw: Draw, count: int) -> int:
 def draw_uniform(seed: int, draw: Draw, count: int) -> "np.ndarray[Any, Any]":
     """So many numbers from [0, 1) for this sample in this epoch, float64; fewer are the first ones of more."""
     return _generator(seed, draw, _UNIFORM).random(count)
+
+
+def draw_start(seed: int, draw: Draw) -> float:
+    """Where the window of this sample (a video) lies in this epoch: uniform in [0, 1), from the first to the last."""
+    return float(_generator(seed, draw, _START).random())

@@ -1,12 +1,19 @@
-"""Files that are whole or not there: written beside their place, flushed to disk, renamed."""
+"""Files that are found in a fixed order, and files that are whole or not there: written beside their place, renamed."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def files_below(root: Path, suffixes: Collection[str]) -> list[str]:
+    """Files of these kinds (``.jpg``, in any case) below a folder, relative to it, with forward slashes, sorted."""
+    relative = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in suffixes)
+    # compare component by component, so that "a/x" < "a-b/x" whatever the separator's code point is
+    return [path.as_posix() for path in sorted(relative, key=lambda path: path.parts)]
 
 
 @contextmanager

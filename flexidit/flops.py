@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from flexidit.config import DiTConfig, TextDiTConfig, TransformerConfig
+from flexidit.config import CaptionedConfig, DiTConfig, TextDiTConfig, TransformerConfig, WanConfig
 from flexidit.patch_size import PatchSize, PatchSizeLike
 from flexidit.sampling.schedule import Order, PatchSchedule
 from flexidit.token_layout import BlockWork
@@ -283,8 +283,15 @@ def _text_dit_ends(config: TextDiTConfig, num_tokens: int, patch_size: PatchSize
     return _tokens_in_and_out(config, num_tokens, patch_size) + _embedded(1, width) + modulation + image_size
 
 
+@_ends.register
+def _wan_ends(config: WanConfig, num_tokens: int, patch_size: PatchSize) -> int:
+    width = config.hidden_size
+    modulation = _linear(1, width, 6 * width)  # once for all blocks, as adaLN-single
+    return _tokens_in_and_out(config, num_tokens, patch_size) + _embedded(1, width) + modulation
+
+
 @_block.register
-def _text_dit_block(config: TextDiTConfig, work: BlockWork) -> int:
+def _captioned_block(config: CaptionedConfig, work: BlockWork) -> int:
     """Cross-attention: queries, scores, output."""
     width = config.hidden_size
     return 2 * _linear(work.num_tokens, width, width) + _attention(work.num_tokens, config.caption_length, width)
@@ -292,7 +299,7 @@ def _text_dit_block(config: TextDiTConfig, work: BlockWork) -> int:
 
 def _caption_ends(config: object) -> int:
     """Projection of a caption to the model's width."""
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         return 0
     length, width = config.caption_length, config.hidden_size
     return _linear(length, config.caption_channels, width) + _linear(length, width, width)
@@ -300,7 +307,7 @@ def _caption_ends(config: object) -> int:
 
 def _caption_blocks(config: object) -> int:
     """Keys and values of a caption in all blocks."""
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         return 0
     return config.depth * _linear(config.caption_length, config.hidden_size, 2 * config.hidden_size)
 
@@ -329,6 +336,8 @@ def _transformer_block(config: TransformerConfig, work: BlockWork, rank: int) ->
 def _adapted_layers(config: TransformerConfig) -> list[tuple[int, int]]:
     """Widths in and out of the linear layers of self-attention and perceptron."""
     width, mlp_width = config.hidden_size, config.mlp_width
+    if isinstance(config, WanConfig):
+        return [(width, width)] * 4 + [(width, mlp_width), (mlp_width, width)]  # q, k, v, o, ffn.0, ffn.2
     gates = mlp_width if isinstance(config, TextDiTConfig) and config.mlp == "swiglu" else 0
     return [(width, 3 * width), (width, width), (width, mlp_width + gates), (mlp_width, width)]  # qkv, proj, fc1, fc2
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexidit.skips import SkipReport
+from flexidit.files import files_below
+from flexidit.skips import BrokenFileError, SkipReport
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +27,7 @@ CROP = "adm_center"  # name of `center_crop` in fingerprints
 _WNID = re.compile(r"n\d{8}")
 
 
-class BrokenImageError(ValueError):
+class BrokenImageError(BrokenFileError):
     """An image that cannot be decoded; the message is the reason, without the file's name."""
 
 
@@ -161,10 +162,7 @@ def find_images(root: str | Path, labels: str | Path | None = None, num_classes:
 
 def image_files(root: Path) -> list[str]:
     """Images below a folder, relative to it, with forward slashes, sorted by path."""
-    paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    relative = (path.relative_to(root) for path in paths)
-    # compare component by component, so that "a/x" < "a-b/x" whatever the separator's code point is
-    return [path.as_posix() for path in sorted(relative, key=lambda path: path.parts)]
+    return files_below(root, IMAGE_SUFFIXES)
 
 
 def _label_from_folders(root: Path, files: Sequence[str], num_classes: int | None) -> ImageIndex:

@@ -1,6 +1,9 @@
-"""Writing latents: images through a VAE into shards, resumable at the last finished shard.
+"""Writing latents: images or clips through a VAE into shards, resumable at the last finished shard.
 
-Shape legend: N images of a chunk, Z latent channels, h w latent height and width.
+Samples are images or clips: what is said of (N, C, H, W) holds of (N, C, F, H, W).
+
+Shape legend: N samples of a chunk, C channels, F frames, H W height and width, Z latent channels, h w latent height
+and width.
 """
 
 import hashlib
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flexidit.files import write_atomically
-from flexidit.images import CROP, BrokenImageError, ImageIndex, read_pixels
+from flexidit.images import ImageIndex
 from flexidit.latent_shards import (
     METADATA_FILE,
     Metadata,
@@ -26,33 +29,33 @@ from flexidit.latent_shards import (
     make_fingerprint,
     sha256_of,
 )
-from flexidit.latents import CodecDtype, LatentCodec, PixelCodec, latent_size
-from flexidit.skips import Skip, SkipReport
+from flexidit.latents import Codec, CodecDtype
+from flexidit.sample_readers import ImageReader, SampleReader
+from flexidit.skips import BrokenFileError, Skip, SkipReport
 
 logger = logging.getLogger(__name__)
-Codec = LatentCodec | PixelCodec
 OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """How images become shards."""
+    """How files become shards."""
 
-    image_size: int = 256
-    """Side of the square crop, pixels."""
+    reader: SampleReader = field(default_factory=ImageReader)
+    """Whether files are images or clips, and what is read of them."""
     shard_size: int = 256
-    """Images of a shard: what an interruption can lose."""
+    """Samples of a shard: what an interruption can lose."""
     batch_size: int = 16
-    """Images that are encoded at once."""
+    """Samples that are encoded at once."""
     dtype: CodecDtype = "float16"
     """Precision on disk."""
     flip: bool = True
     """Encode the mirror images too."""
     num_workers: int = 0
-    """Processes that read images; 0 reads in this one."""
+    """Processes that read files; 0 reads in this one."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "shard_size", "batch_size"):
+        for name in ("shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         if self.dtype not in ("float32", "float16", "bfloat16"):
@@ -65,17 +68,17 @@ class EncodeResult:
 
     metadata: Metadata
     encoded: int
-    """Images encoded by this run."""
+    """Samples encoded by this run."""
     kept: int
-    """Images that an earlier, interrupted run had encoded."""
+    """Samples that an earlier, interrupted run had encoded."""
     skips: SkipReport
-    """Images that could not be used, of all runs."""
+    """Files that could not be used, of all runs."""
     truncated: SkipReport
     """Captions that lost their ends, of all runs; labels have none."""
 
 
-class ImageSource(Protocol):
-    """A list of images that know what they are: :class:`ImageIndex`, or one with captions."""
+class SampleSource(Protocol):
+    """A list of files that know what they are: :class:`ImageIndex`, or one of images or clips with captions."""
 
     @property
     def files(self) -> list[str]:
@@ -86,24 +89,24 @@ class ImageSource(Protocol):
         """What was left out when they were listed."""
 
     def path(self, index: int) -> Path:
-        """Where one image lies."""
+        """Where one file lies."""
 
     def __len__(self) -> int: ...
 
 
 @dataclass
 class CompanionRows:
-    """What stands beside the latents of a few images."""
+    """What stands beside the latents of a few samples."""
 
     tensors: dict[str, Tensor]
     """Tables, each of which grows along its first axis."""
     records: list[dict[str, Any]]
-    """For the names beside the shard, one an image."""
+    """For the names beside the shard, one a sample."""
     truncated: list[Skip] = field(default_factory=list)
 
 
 class Companions(Protocol):
-    """What a model is told beside the images, and shards hold beside the latents: labels, or embedded captions."""
+    """What a model is told beside the samples, and shards hold beside the latents: labels, or embedded captions."""
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class Companions(Protocol):
         """Write what the folder needs once."""
 
     def rows(self, positions: Sequence[int]) -> CompanionRows:
-        """Those of some images."""
+        """Those of some samples."""
 
 
 class Labels:
@@ -182,11 +185,11 @@ class _Rows:
         return {name: torch.cat(parts) for name, parts in self.parts.items()}
 
 
-class _Reader(Dataset[tuple[int, "Tensor | str"]]):
-    """``(position, pixels)`` of an image, or ``(position, reason)`` if it is broken."""
+class _Samples(Dataset[tuple[int, "Tensor | str"]]):
+    """``(position, pixels)`` of a file, or ``(position, reason)`` if it is broken."""
 
-    def __init__(self, images: ImageSource, positions: Sequence[int], size: int) -> None:
-        self.images, self.positions, self.size = images, positions, size
+    def __init__(self, source: SampleSource, positions: Sequence[int], reader: SampleReader) -> None:
+        self.source, self.positions, self.reader = source, positions, reader
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -194,8 +197,8 @@ class _Reader(Dataset[tuple[int, "Tensor | str"]]):
     def __getitem__(self, item: int) -> tuple[int, "Tensor | str"]:
         position = self.positions[item]
         try:
-            return position, read_pixels(self.images.path(position), self.size)
-        except BrokenImageError as error:
+            return position, self.reader.read(self.source.path(position))
+        except BrokenFileError as error:
             return position, str(error)
 
 
@@ -216,36 +219,36 @@ def encode_images(
 
 def encode_with(
     companions: Companions,
-    images: ImageSource,
+    source: SampleSource,
     codec: Codec,
     out: str | Path,
     settings: EncodeSettings,
     on_progress: OnProgress | None = None,
 ) -> EncodeResult:
-    """Encode images into shards of latents, with their labels or captions.
+    """Encode images or clips into shards of latents, with their labels or captions.
 
-    Shard k holds the images k * shard_size onward of the index, so an interrupted run continues with the shards
-    that are not there, and ends with the same files as an uninterrupted one. Broken images are counted and left out.
+    Shard k holds the samples k * shard_size onward of the source, so an interrupted run continues with the shards
+    that are not there, and ends with the same files as an uninterrupted one. Broken files are counted and left out.
 
     Args:
-        companions: labels or captions of the images.
-        images: what to encode.
+        companions: labels or captions of the samples.
+        source: what to encode.
         codec: the VAE, or pixels as they are.
         out: folder to write; created if it is missing.
-        settings: sizes and precision.
-        on_progress: called with (images done, images in total).
+        settings: how files are read, sizes and precision.
+        on_progress: called with (samples done, samples in total).
 
     Raises:
-        ValueError: if the folder holds latents made in another way, or every image is broken.
+        ValueError: if the folder holds latents made in another way, or every file is broken.
     """
-    job = _Job(companions, images, codec, Path(out), settings)
+    job = _Job(companions, source, codec, Path(out), settings)
     job.out.mkdir(parents=True, exist_ok=True)
     metadata = _open_metadata(job)
     companions.begin(job.out)
     pending = _pending_shards(job, metadata)
-    kept, done = metadata.num_samples, len(images) - sum(len(positions) for positions in pending.values())
+    kept, done = metadata.num_samples, len(source) - sum(len(positions) for positions in pending.values())
     report = on_progress or (lambda done, total: None)
-    report(done, len(images))
+    report(done, len(source))
     reader = _read(job, [p for positions in pending.values() for p in positions])
     for number, positions in pending.items():
         rows = _Rows()
@@ -253,7 +256,7 @@ def encode_with(
             chunk = next(reader)
             _encode_chunk(job, chunk, rows)
             done += len(chunk)
-            report(done, len(images))
+            report(done, len(source))
         metadata.shards[str(number)] = _write_shard(job, number, rows)
         metadata.save(job.out)
     return _finish(job, metadata, kept)
@@ -264,7 +267,7 @@ class _Job:
     """What to encode, how, and where to."""
 
     companions: Companions
-    images: ImageSource
+    source: SampleSource
     codec: Codec
     out: Path
     settings: EncodeSettings
@@ -273,12 +276,11 @@ class _Job:
 def _open_metadata(job: _Job) -> Metadata:
     """Metadata of the folder if it is of the same work, else new."""
     settings = job.settings
-    fingerprint = make_fingerprint(
-        job.codec.fingerprint, image_size=settings.image_size, crop=CROP, has_flip=settings.flip
-    )
-    source = {"num_images": len(job.images), **job.companions.source}
+    reader = settings.reader
+    shape = reader.latent_size(job.codec)
+    fingerprint = make_fingerprint(job.codec.fingerprint, reader.fingerprint, has_flip=settings.flip)
+    source = {f"num_{reader.noun}s": len(job.source), **job.companions.source}
     source |= {"shard_size": settings.shard_size, "dtype": settings.dtype}
-    shape = latent_size(job.codec, settings.image_size)
     fresh = Metadata(fingerprint | job.companions.fingerprint, source, list(shape))
     if not (job.out / METADATA_FILE).is_file():
         return fresh
@@ -290,7 +292,7 @@ def _open_metadata(job: _Job) -> Metadata:
 
 def _pending_shards(job: _Job, metadata: Metadata) -> dict[int, range]:
     """Positions of the shards that are not there, complete and intact; forgets damaged ones."""
-    pending, size, total = {}, job.settings.shard_size, len(job.images)
+    pending, size, total = {}, job.settings.shard_size, len(job.source)
     for number, start in enumerate(range(0, total, size)):
         entry = metadata.shards.get(str(number))
         damage = entry and (entry.damage(job.out) or _altered(job.out, entry))
@@ -307,19 +309,19 @@ def _altered(out: Path, entry: ShardEntry) -> str | None:
 
 
 def _read(job: _Job, positions: Sequence[int]) -> Iterator[list]:
-    """Chunks of ``batch_size`` images that do not cross shards, read ahead by the workers."""
+    """Chunks of ``batch_size`` samples that do not cross shards, read ahead by the workers."""
     batches: list[list[int]] = []
     for item, position in enumerate(positions):
         starts_shard = position % job.settings.shard_size == 0
         if not batches or starts_shard or len(batches[-1]) == job.settings.batch_size:
             batches.append([])
         batches[-1].append(item)
-    reader = _Reader(job.images, positions, job.settings.image_size)
-    return iter(DataLoader(reader, batch_sampler=batches, num_workers=job.settings.num_workers, collate_fn=list))
+    samples = _Samples(job.source, positions, job.settings.reader)
+    return iter(DataLoader(samples, batch_sampler=batches, num_workers=job.settings.num_workers, collate_fn=list))
 
 
 def _encode_chunk(job: _Job, chunk: list[tuple[int, Tensor | str]], rows: _Rows) -> None:
-    names = job.images.files
+    names = job.source.files
     good = [(position, content) for position, content in chunk if isinstance(content, Tensor)]
     rows.skipped += [Skip(names[p], content) for p, content in chunk if isinstance(content, str)]
     if not good:
@@ -333,7 +335,7 @@ def _encode_chunk(job: _Job, chunk: list[tuple[int, Tensor | str]], rows: _Rows)
 
 
 def _encode_pixels(job: _Job, pixels: Tensor, rows: _Rows) -> None:
-    """Moments of images and, if asked for, of their mirror images: (N, C, H, W) -> (N, Z, h, w)."""
+    """Moments of samples and, if asked for, of their mirror images: (N, C, H, W) -> (N, Z, h, w)."""
     dtype: torch.dtype = getattr(torch, job.settings.dtype)
     for suffix, view in (("", pixels), *((("_flip", pixels.flip(-1)),) if job.settings.flip else ())):
         moments = job.codec.encode_moments(view)
@@ -360,19 +362,21 @@ def _write_shard(job: _Job, number: int, rows: _Rows) -> ShardEntry:
 def _channel_statistics(tensors: dict[str, Tensor]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of ``mean + std * noise``: the variances add up."""
     mean = tensors["mean"].double()
-    variance = mean.var(dim=(0, 2, 3), correction=0)
+    others = [dim for dim in range(mean.ndim) if dim != 1]
+    variance = mean.var(dim=others, correction=0)
     if "std" in tensors:
-        variance = variance + tensors["std"].double().square().mean(dim=(0, 2, 3))
-    return mean.mean(dim=(0, 2, 3)).tolist(), variance.sqrt().tolist()
+        variance = variance + tensors["std"].double().square().mean(dim=others)
+    return mean.mean(dim=others).tolist(), variance.sqrt().tolist()
 
 
 def _finish(job: _Job, metadata: Metadata, kept: int) -> EncodeResult:
-    skips, truncated = SkipReport(list(job.images.skips)), SkipReport()
+    skips, truncated = SkipReport(list(job.source.skips)), SkipReport()
     for entry in metadata.entries():
         skips.extend(Skip(item["file"], item["reason"]) for item in entry.skipped)
         truncated.extend(Skip(item["file"], item["reason"]) for item in entry.truncated)
     if not metadata.num_samples:
-        raise ValueError(f"none of the {len(job.images)} images could be read ({skips.summary('image')})")
+        noun = job.settings.reader.noun
+        raise ValueError(f"none of the {len(job.source)} {noun}s could be read ({skips.summary(noun)})")
     metadata.complete = True
     metadata.save(job.out)
     return EncodeResult(metadata, metadata.num_samples - kept, kept, skips, truncated)

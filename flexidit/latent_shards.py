@@ -4,13 +4,15 @@ A folder of latents holds::
 
     metadata.json             fingerprint, source, and one entry a shard (see :class:`Metadata`)
     shard-00000.safetensors   mean, mean_flip (N, Z, h, w); std, std_flip if the VAE is not deterministic;
-                              index (N,) int64, position in the sorted list of source images; and what the model is
-                              told beside the images: label (N,) int64, or captions (see ``caption_shards.py``)
+                              index (N,) int64, position in the sorted list of source files; and what the model is
+                              told beside the samples: label (N,) int64, or captions (see ``caption_shards.py``)
     shard-00000.jsonl         {"index", "file", "label"} of each row, or {"index", "file", "captions"}
 
-Shape legend: N images of a shard, Z latent channels, h w latent height and width.
+Samples are images, or clips with latents (N, Z, f, h, w): nothing else differs.
 
-The mean and deviation of the VAE's posterior are stored, of the image and of its mirror image, so that each epoch
+Shape legend: N samples of a shard, Z latent channels, f latent frames, h w latent height and width.
+
+The mean and deviation of the VAE's posterior are stored, of the sample and of its mirror image, so that each epoch
 draws new latents and flips as training from pixels would. Files appear under their final name only when complete.
 """
 
@@ -72,9 +74,9 @@ class Metadata:
     """Content of ``metadata.json``."""
 
     fingerprint: dict[str, Any]
-    """What makes latents interchangeable: codec, image size, crop, flips; of captioned ones the text encoder too."""
+    """What makes latents interchangeable: codec, sizes, crop, flips; of captioned ones the text encoder too."""
     source: dict[str, Any]
-    """What was encoded, for continuing: number of images, hash of names with labels or captions, shard size, dtype."""
+    """What was encoded, for continuing: number of files, hash of names with labels or captions, shard size, dtype."""
     latent_shape: list[int]
     complete: bool = False
     shards: dict[str, ShardEntry] = field(default_factory=dict)
@@ -116,7 +118,7 @@ class Metadata:
 
     @property
     def num_samples(self) -> int:
-        """Images that were encoded."""
+        """Samples that were encoded."""
         return sum(entry.count for entry in self.shards.values())
 
     def statistics(self) -> dict[str, list[float]]:
@@ -143,9 +145,9 @@ def _sha256(handle: Any) -> str:
     return digest.hexdigest()
 
 
-def make_fingerprint(codec: Mapping[str, Any], *, image_size: int, crop: str, has_flip: bool) -> dict[str, Any]:
-    """Fingerprint of a set of latents."""
-    return {"codec": dict(codec), "image_size": image_size, "crop": crop, "has_flip": has_flip}
+def make_fingerprint(codec: Mapping[str, Any], reader: Mapping[str, Any], *, has_flip: bool) -> dict[str, Any]:
+    """Fingerprint of a set of latents, of the codec's and the reader's."""
+    return {"codec": dict(codec), **reader, "has_flip": has_flip}
 
 
 def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
@@ -161,10 +163,10 @@ def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any], whe
     """
     for name, (theirs, ours) in fingerprint_differences(found, expected).items():
         if name.endswith("_sha256") and name.startswith("names_and"):
-            raise ValueError(f"the latents in {where} are of other images or captions: give another folder")
+            raise ValueError(f"the latents in {where} are of other files, labels or captions: give another folder")
         raise ValueError(
             f"the latents in {where} were made with {name} = {theirs!r}, this run is configured for {ours!r}: "
-            f"encode the images again, or configure the run as they were made"
+            "encode again, or configure the run as they were made"
         )
 
 
@@ -185,8 +187,8 @@ def fingerprint_differences(
 class StoredLatents(Dataset[Any]):
     """Map-style, memory-mapped latents, without what the model is told beside them: that is up to the subclasses.
 
-    A sample is ``mean + std * noise`` of the image or, half of the time, of its mirror image; flip and noise are
-    keyed by (seed, epoch, position of the image in the source), so skipped images change nothing for the others.
+    A sample is ``mean + std * noise`` of the image or clip or, half of the time, of its mirror image; flip and noise
+    are keyed by (seed, epoch, position in the source), so skipped files change nothing for the others.
 
     Args:
         root: folder written by ``flexidit encode``.
@@ -225,7 +227,7 @@ class StoredLatents(Dataset[Any]):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(Z, h, w)."""
+        """(Z, h, w), or (Z, f, h, w) of clips."""
         return tuple(self.metadata.latent_shape)
 
     @property
@@ -237,7 +239,7 @@ class StoredLatents(Dataset[Any]):
         return len(self.indices)
 
     def moments(self, index: int, flipped: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Stored mean and deviation of one image, (Z, h, w) float32; None for a deterministic VAE."""
+        """Stored mean and deviation of one sample, (Z, h, w) float32; None for a deterministic VAE."""
         handle, row = self._find(index)
         suffix = "_flip" if flipped else ""
         mean = handle.get_slice("mean" + suffix)[row].float()
@@ -254,17 +256,17 @@ class StoredLatents(Dataset[Any]):
         """Keep those of all readable shards, in order."""
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Shard of an image, counted among those that can be read, and its row there."""
+        """Shard of a sample, counted among those that can be read, and its row there."""
         shard = bisect_right(self._ends, index)
         return shard, index - (self._ends[shard - 1] if shard else 0)
 
     def _find(self, index: int) -> tuple[Any, int]:
-        """The open shard of an image and its row there."""
+        """The open shard of a sample and its row there."""
         shard, row = self._locate(index)
         return self._open(self._files[shard]), row
 
     def _source_draw(self, draw: Draw) -> Draw:
-        """The key of an image's draws: its place in the source, which other images' absence does not change."""
+        """The key of a sample's draws: its place in the source, which the absence of others does not change."""
         return Draw(int(self.indices[draw.sample]), draw.epoch)
 
     def _sample(self, draw: Draw) -> Tensor:
@@ -301,7 +303,7 @@ class StoredLatents(Dataset[Any]):
     def _handle_damage(self, entry: ShardEntry, reason: str) -> None:
         if self.on_error == "raise":
             raise ValueError(f"shard {entry.file} of {self.root} is damaged ({reason}): {_HINT}")
-        self.report.add(entry.file, f"{reason}, {entry.count} images")
+        self.report.add(entry.file, f"{reason}, {entry.count} samples")
 
     def _check_readable(self) -> None:
         if not len(self):
@@ -313,7 +315,7 @@ class StoredLatents(Dataset[Any]):
         if len(self.report):
             logger.warning("%s: %s", self.root, self.report.summary("shard"))
         if not self.metadata.complete:
-            logger.warning("%s: the encoding was interrupted, %d images are there", self.root, len(self))
+            logger.warning("%s: the encoding was interrupted, %d samples are there", self.root, len(self))
         std = self.metadata.statistics()["std"]
         if not 0.2 < sum(std) / len(std) < 5:  # unscaled SD latents have 5.5; it cost others an FID of 130
             logger.warning("%s: latents have standard deviations %s, expected about 1: wrong scaling?", self.root, std)

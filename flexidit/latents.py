@@ -1,15 +1,15 @@
 """Pixels and latents: the one door to a VAE, scaled for the model on its inside.
 
-Shape legend: N batch, C channels, H W image height and width in pixels, Z latent channels, h w latent height and
-width (H / downscale). Pixels are in [-1, 1]. A codec is not an ``nn.Module``: held by whatever trains, it never
-becomes part of its parameters, its checkpoints or its sharding.
+Images and clips go through the same door: what is said of (N, C, H, W) holds of (N, C, F, H, W). A VAE of images takes
+the frames of a clip one by one; a VAE of clips takes clips only.
+
+Shape legend: N batch, C channels, F frames, H W height and width in pixels, Z latent channels, f latent frames, h w
+latent height and width (H / downscale). Pixels are in [-1, 1]. A codec is not an ``nn.Module``: held by whatever
+trains, it never becomes part of its parameters, its checkpoints or its sharding.
 """
 
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flexidit.vae_layout import VaeLayout, read_layout
+from flexidit.vae_loading import load_vae, weights_sha256
+
 CodecDtype = Literal["float32", "float16", "bfloat16"]
-_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Gaussian that a VAE gives for a batch of images, scaled for the model."""
+    """Gaussian that a VAE gives for a batch of images or clips, scaled for the model."""
 
     mean: Tensor
-    """(N, Z, h, w) float32."""
+    """(N, Z, h, w) or (N, Z, f, h, w), float32."""
     std: Tensor
-    """(N, Z, h, w) float32; zero for a deterministic encoder."""
+    """Of the same shape, float32; zero for a deterministic encoder."""
 
     def sample(self, noise: Tensor) -> Tensor:
         """``mean + std * noise``, with standard normal noise of the same shape."""
@@ -43,8 +45,9 @@ class PixelCodec:
         channels: image channels, 3 for RGB and 1 for grey.
     """
 
-    downscale = 1
+    downscale = temporal_downscale = frame_step = 1
     is_deterministic = True
+    is_video = False
 
     def __init__(self, channels: int = 3) -> None:
         self.latent_channels = channels
@@ -63,27 +66,31 @@ class PixelCodec:
         return Moments(pixels, torch.zeros_like(pixels))
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The pixels themselves: (N, C, H, W) -> (N, C, H, W)."""
+        """The pixels themselves."""
         return pixels
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels clamped to [-1, 1]: (N, C, H, W) -> (N, C, H, W)."""
+        """Pixels clamped to [-1, 1], of the same shape."""
         return latents.clamp(-1, 1)
 
 
 class LatentCodec:
-    """A pre-trained VAE that speaks the model's scale: ``latents = (z - shift_factor) * scaling_factor``.
+    """A pre-trained VAE that speaks the model's scale: ``latents = (z - shift) * scale``.
 
-    Both factors are the VAE's own (its ``config.json``; diffusers' default for SD's VAEs is 0.18215). TAESD's factor
-    is 1, because its latents come out already scaled. The weights are read at the first use, kept in float32, frozen.
+    Shift and scale are the VAE's own (its ``config.json``): SD's have one factor (diffusers' default is 0.18215),
+    TAESD's factor is 1, because its latents come out already scaled, Wan's have a mean and a deviation for each
+    channel. The weights are read at the first use, kept in float32, frozen.
 
     Args:
-        source: folder of a diffusers ``AutoencoderKL`` or ``AutoencoderTiny`` (or of a pipeline with a ``vae``
-            folder), or a hub id of one.
+        source: folder of a diffusers ``AutoencoderKL`` or ``AutoencoderTiny`` (images), ``AutoencoderKLWan`` or
+            ``AutoencoderKLCogVideoX`` (clips), or of a pipeline with a ``vae`` folder, or a hub id of one.
         device: where the VAE runs; results return to the device of the input.
         dtype: precision of its convolutions, through autocast. VAEs that ask for it (``force_upcast``) run in
             float32 instead of float16, where SD's overflow.
-        batch_size: images that go through at once, which bounds memory; a GPU wants more than the default.
+        batch_size: images, or frames of clips, that go through at once, which bounds memory; a GPU wants more than
+            the default. A VAE of clips takes a whole clip at least.
+        tiling: run large images and clips in overlapping tiles, as the VAE's class does it: less memory, and slightly
+            other values near the seams.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class LatentCodec:
         device: torch.device | str = "cpu",
         dtype: CodecDtype = "float32",
         batch_size: int = 4,
+        tiling: bool = False,
     ) -> None:
         if dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"the codec's dtype is float32, float16 or bfloat16, got {dtype!r}")
@@ -101,53 +109,62 @@ class LatentCodec:
         self.source = source
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.batch_size = batch_size
+        self.batch_size, self.tiling = batch_size, tiling
 
     @cached_property
     def vae(self) -> nn.Module:
         """The frozen diffusers model, in float32."""
-        return load_vae(self.source).to(self.device)
+        vae: Any = load_vae(self.source)
+        if self.tiling:
+            vae.enable_tiling()
+        return vae.to(self.device)
+
+    @cached_property
+    def layout(self) -> VaeLayout:
+        """What its configuration says."""
+        return read_layout(type(self.vae).__name__, self.vae.config)  # type: ignore[arg-type]
 
     @property
     def latent_channels(self) -> int:
         """Z."""
-        return int(self._config("latent_channels"))
+        return self.layout.latent_channels
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent position along each side: every stage of the encoder but one halves."""
-        name = "block_out_channels" if self._is_kl else "encoder_block_out_channels"
-        return int(2 ** (len(self._config(name)) - 1))
+        """Pixels per latent position along height and width."""
+        return self.layout.downscale
 
     @property
-    def scaling_factor(self) -> float:
-        """What encoded latents are multiplied by."""
-        return float(self._config("scaling_factor"))
+    def temporal_downscale(self) -> int:
+        """Frames per latent frame after the first; 1 for a VAE of images."""
+        return self.layout.temporal_downscale
 
     @property
-    def shift_factor(self) -> float:
-        """What is subtracted from encoded latents before scaling; 0 for most VAEs."""
-        return float(self._config("shift_factor") or 0.0)
+    def frame_step(self) -> int:
+        """Clips have one frame more than a multiple of it."""
+        return self.layout.frame_step
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it takes clips and no images."""
+        return self.layout.is_video
 
     @property
     def is_deterministic(self) -> bool:
         """Whether the encoder gives one latent instead of a distribution."""
-        return not self._is_kl
+        return self.layout.is_deterministic
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the latents: equal fingerprints mean interchangeable latents.
-
-        The weights are hashed in float32, tensor by tensor, so that the file format, its dtype of equal values and
-        the folder's name do not matter.
-        """
+        """What identifies the latents: equal fingerprints mean interchangeable latents."""
+        temporal = {"temporal_downscale": self.temporal_downscale} if self.is_video else {}
         return {
             "class": type(self.vae).__name__,
-            "weights_sha256": _weights_sha256(self.vae),
-            "scaling_factor": self.scaling_factor,
-            "shift_factor": self.shift_factor,
+            "weights_sha256": weights_sha256(self.vae),
+            **self.layout.scaling,
             "latent_channels": self.latent_channels,
             "downscale": self.downscale,
+            **temporal,
         }
 
     def to(self, device: torch.device | str) -> "LatentCodec":
@@ -161,159 +178,156 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Moments:
-        """Mean and deviation of the latents: (N, 3, H, W) in [-1, 1] -> two (N, Z, h, w), float32.
+        """Mean and deviation of the latents: (N, 3, H, W) in [-1, 1] -> two (N, Z, h, w), float32; clips likewise.
 
         Raises:
             ValueError: if the shape does not fit the VAE.
         """
         self._check_pixels(pixels)
-        mean, std = self._batched(self._encode_chunk, pixels).chunk(2)
-        return Moments(mean.squeeze(0), std.squeeze(0))
+        mean, std = self._batched(self._encode_chunk, pixels, frames=pixels.shape[2]).unbind(0)
+        return Moments(mean, std)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents for the model: (N, 3, H, W) in [-1, 1] -> (N, Z, h, w), float32.
+        """Latents for the model: (N, 3, H, W) in [-1, 1] -> (N, Z, h, w), float32; clips likewise.
 
         Args:
-            pixels: images.
-            noise: (N, Z, h, w) standard normal; None gives the mean.
+            pixels: images or clips.
+            noise: standard normal, of the shape of the latents; None gives the mean.
         """
         moments = self.encode_moments(pixels)
         return moments.mean if noise is None else moments.sample(noise.to(moments.mean.device))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels of the model's latents: (N, Z, h, w) -> (N, 3, H, W) in [-1, 1], float32.
+        """Pixels of the model's latents: (N, Z, h, w) -> (N, 3, H, W) in [-1, 1], float32; clips likewise.
 
         Raises:
-            ValueError: if the number of channels is not the VAE's.
+            ValueError: if the shape does not fit the VAE.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"this VAE decodes latents of shape (N, {self.latent_channels}, h, w), got {tuple(latents.shape)}"
-            )
-        return self._batched(self._decode_chunk, latents).squeeze(0)
+        self._check_latents(latents)
+        return self._batched(self._decode_chunk, latents, frames=self._num_frames(latents.shape[2])).squeeze(0)
 
-    @property
-    def _is_kl(self) -> bool:
-        return type(self.vae).__name__ == "AutoencoderKL"
-
-    def _config(self, name: str) -> Any:
-        return self.vae.config.get(name)  # type: ignore[union-attr, operator]
+    def _num_frames(self, latent_frames: int) -> int:
+        return 1 + (latent_frames - 1) * self.temporal_downscale
 
     def _check_pixels(self, pixels: Tensor) -> None:
-        channels = int(self._config("in_channels"))
-        divides = not any(side % self.downscale for side in pixels.shape[2:])
-        if pixels.ndim != 4 or pixels.shape[1] != channels or not divides:
+        channels, sides = self.layout.pixel_channels, pixels.shape[-2:]
+        divides = not any(side % self.downscale for side in sides)
+        if pixels.ndim not in self._ndims or pixels.shape[1] != channels or not divides:
             raise ValueError(
-                f"this VAE encodes pixels of shape (N, {channels}, H, W) with H and W divisible by {self.downscale}, "
-                f"got {tuple(pixels.shape)}"
+                f"this VAE encodes pixels of shape (N, {channels}, {'F, ' * self.is_video}H, W) with H and W divisible "
+                f"by {self.downscale}, got {tuple(pixels.shape)}"
             )
+        if self.is_video:
+            check_frames(self, pixels.shape[2])
 
-    def _batched(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run over chunks of dimension 0 on the VAE's device; results are stacked parts, (parts, N, ...)."""
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim not in self._ndims or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"this VAE decodes latents of shape (N, {self.latent_channels}, {'f, ' * self.is_video}h, w), "
+                f"got {tuple(latents.shape)}"
+            )
+        if self.is_video:
+            check_frames(self, self._num_frames(latents.shape[2]))
+
+    @property
+    def _ndims(self) -> tuple[int, ...]:
+        return (5,) if self.is_video else (4, 5)
+
+    def _batched(self, run: Callable[[Tensor], Tensor], x: Tensor, frames: int) -> Tensor:
+        """Run over chunks of the samples on the VAE's device; results are stacked parts, (parts, N, ...)."""
+        if x.ndim == 5 and not self.is_video:  # frames become images, and images frames again
+            images = self._in_chunks(run, x.transpose(1, 2).flatten(0, 1), self.batch_size)
+            return images.unflatten(1, (len(x), -1)).transpose(2, 3)
+        return self._in_chunks(run, x, max(1, self.batch_size // frames) if self.is_video else self.batch_size)
+
+    def _in_chunks(self, run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
         chunks = []
-        for chunk in x.split(self.batch_size):
+        for chunk in x.split(size):
             with self._autocast():
                 out = run(chunk.to(self.device, torch.float32))
             chunks.append(out.float().to(x.device))
         return torch.cat(chunks, dim=1)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        overflows = self.dtype == torch.float16 and bool(self._config("force_upcast"))
+        config: Any = self.vae.config
+        overflows = self.dtype == torch.float16 and bool(config.get("force_upcast"))
         enabled = self.dtype != torch.float32 and not overflows
         return torch.autocast(self.device.type, self.dtype if enabled else torch.bfloat16, enabled=enabled)
 
     def _encode_chunk(self, pixels: Tensor) -> Tensor:
         encoded = self.vae.encode(pixels)  # type: ignore[operator]
-        if self._is_kl:
-            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-        else:
+        if self.is_deterministic:
             mean, std = encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
-        return torch.stack([(mean - self.shift_factor) * self.scaling_factor, std * self.scaling_factor])
+        else:
+            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        shift, scale = self._shift_and_scale(mean)
+        return torch.stack([(mean - shift) * scale, std * scale])
 
     def _decode_chunk(self, latents: Tensor) -> Tensor:
-        z = latents / self.scaling_factor + self.shift_factor
-        return self.vae.decode(z).sample.clamp(-1, 1).unsqueeze(0)  # type: ignore[operator]
+        shift, scale = self._shift_and_scale(latents)
+        return self.vae.decode(latents / scale + shift).sample.clamp(-1, 1).unsqueeze(0)  # type: ignore[operator]
+
+    def _shift_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """One number or one a channel, to be broadcast over latents."""
+        shape = (1, -1, *[1] * (z.ndim - 2))
+        layout = self.layout
+        return z.new_tensor(layout.shift).view(shape), z.new_tensor(layout.scale).view(shape)
 
 
-def load_vae(source: str | Path) -> nn.Module:
-    """Read a frozen VAE from a folder or the hub, safetensors only.
-
-    Raises:
-        FileNotFoundError: if a path holds no VAE.
-        ValueError: if it is another model, its weights are incomplete or damaged, or the hub cannot be reached.
-    """
-    import diffusers
-    from safetensors import SafetensorError
-
-    location, subfolder = _locate(source)
-    options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
-    try:
-        name = diffusers.AutoencoderKL.load_config(location, **options).get("_class_name")
-        if name in _CLASSES:
-            options |= {"use_safetensors": True, "torch_dtype": torch.float32, "output_loading_info": True}
-            with _quiet():  # AutoencoderTiny warns about a field of its own configuration
-                vae, info = getattr(diffusers, name).from_pretrained(location, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(_unavailable(source, error)) from error
-    if name not in _CLASSES:
-        raise ValueError(f"{source} is a {name}, not a VAE that is supported: {' or '.join(_CLASSES)}")
-    if info["missing_keys"]:  # diffusers would leave these at random values, with a warning only
-        raise ValueError(f"the weights of {source} lack {len(info['missing_keys'])} tensors of {name}")
-    return vae.eval().requires_grad_(False)
+Codec = LatentCodec | PixelCodec
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def _locate(source: str | Path) -> tuple[str, str | None]:
-    """``(folder or hub id, subfolder)``; what looks like a path must exist."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        for subfolder in (None, "vae"):
-            config = path / (subfolder or "") / "config.json"
-            if config.is_file() and "_class_name" in json.loads(config.read_text(encoding="utf-8")):
-                return str(path), subfolder
-        raise FileNotFoundError(f"no VAE in {path}: expected config.json and diffusion_pytorch_model.safetensors")
-    text = str(source)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise FileNotFoundError(f"no VAE at {text}: give a diffusers VAE folder, or a hub id such as owner/name")
-    return text, None
-
-
-def _unavailable(source: str | Path, error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if Path(source).expanduser().is_dir():
-        return f"the VAE in {source} cannot be read ({first}): download it again"
-    return f"{source} is no local folder and the hub did not deliver it ({first}): give the path of a VAE folder"
-
-
-def _weights_sha256(vae: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def latent_size(codec: LatentCodec | PixelCodec, image_size: int) -> tuple[int, int, int]:
-    """(Z, h, w) of a square image.
+def check_frames(codec: Codec, num_frames: int) -> None:
+    """Refuse a length of clips that the VAE would not give back.
 
     Raises:
-        ValueError: if the VAE does not divide the image's side.
+        ValueError: with the nearest length that it would.
     """
-    side, rest = divmod(image_size, codec.downscale)
-    if rest or side < 1:
-        nearest = max(1, math.floor(image_size / codec.downscale)) * codec.downscale
-        raise ValueError(f"image size {image_size} is not divisible by the VAE's {codec.downscale}: try {nearest}")
-    return codec.latent_channels, side, side
+    steps, rest = divmod(num_frames - 1, codec.frame_step)
+    if num_frames < 1 or rest:
+        nearest = 1 + max(0, steps + (2 * rest > codec.frame_step)) * codec.frame_step
+        raise ValueError(
+            f"clips of {num_frames} frames do not fit the VAE, which takes 1 more than a multiple of "
+            f"{codec.frame_step}: try {nearest}"
+        )
+
+
+def latent_size(codec: Codec, size: int | tuple[int, int], num_frames: int | None = None) -> tuple[int, ...]:
+    """(Z, h, w) of an image, (Z, f, h, w) of a clip.
+
+    Args:
+        codec: the VAE, or pixels.
+        size: (H, W), or the side of a square.
+        num_frames: F of a clip; None for an image.
+
+    Raises:
+        ValueError: if the VAE does not divide the sides or takes no such number of frames, or none at all.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    step = codec.downscale
+    if min(height, width) < 1 or height % step or width % step:
+        nearest = [max(1, side // step) * step for side in (height, width)]
+        asked, better = (_side_or_sides(*sides) for sides in ((height, width), nearest))
+        raise ValueError(f"size {asked} is not divisible by the VAE's {step}: try {better}")
+    frames = () if num_frames is None else (_latent_frames(codec, num_frames),)
+    if codec.is_video and num_frames is None:
+        raise ValueError("this VAE is for clips and not for images: give clips and their number of frames")
+    return codec.latent_channels, *frames, height // step, width // step
+
+
+def _latent_frames(codec: Codec, num_frames: int) -> int:
+    check_frames(codec, num_frames)
+    return 1 + (num_frames - 1) // codec.temporal_downscale
+
+
+def _side_or_sides(height: int, width: int) -> str:
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def pixel_size(codec: Codec, size: Sequence[int]) -> tuple[int, ...]:
+    """Size of what is decoded from latents of a size: (h, w) -> (H, W), (f, h, w) -> (F, H, W)."""
+    *frames, height, width = size
+    lengths = (1 + (length - 1) * codec.temporal_downscale for length in frames)
+    return *lengths, height * codec.downscale, width * codec.downscale

@@ -5,6 +5,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 
+class BrokenFileError(ValueError):
+    """A file that cannot be used; the message is the reason, without the file's name."""
+
+
 @dataclass(frozen=True)
 class Skip:
     """One thing that was left out, and why."""

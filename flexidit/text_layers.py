@@ -41,8 +41,29 @@ class CaptionTokens(NamedTuple):
     """(N, L, D), of which each block computes its keys and values."""
     keys_values: Tensor | None
     """(N, L, 2 * D), computed before."""
-    mask: Tensor
-    """(N, 1, 1, L) bool, True where there is a token."""
+    mask: Tensor | None
+    """(N, 1, 1, L) bool, True where there is a token; None: all are attended to."""
+
+
+class CaptionState(NamedTuple):
+    """What the captions of one batch have become, for all blocks."""
+
+    hidden: Tensor | None
+    """(N, L, D) projected captions; None if each block's keys and values are there."""
+    keys_values: tuple[Tensor, ...]
+    """(N, L, 2 * D) for each block, or empty."""
+    mask: Tensor | None
+    """(N, L) bool, or None."""
+
+    def tokens(self, block: int, num_sequences: int) -> CaptionTokens:
+        """For one block; sequences that packing has added see a copy of the last caption."""
+        values = self.keys_values[block] if self.keys_values else self.hidden
+        assert values is not None
+        mask = None if self.mask is None else self.mask[:, None, None]
+        if num_sequences != len(values):
+            rows = torch.arange(num_sequences, device=values.device).clamp(max=len(values) - 1)
+            values, mask = values[rows], None if mask is None else mask[rows]
+        return CaptionTokens(None, values, mask) if self.keys_values else CaptionTokens(values, None, mask)
 
 
 class CaptionEmbedder(nn.Module):

@@ -8,11 +8,11 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from flexidit.config import DiTConfig, TextDiTConfig
+from flexidit.config import AnyConfig, DiTConfig, TextDiTConfig, WanConfig
 from flexidit.patch_size import PatchSize
 
 if TYPE_CHECKING:
-    from flexidit.models import DiT, TextDiT
+    from flexidit.models import DiT, TextDiT, Wan
 
 _DIT_WIDTHS = {  # hidden_size, depth, num_heads (Peebles and Xie 2023, table 1)
     "S": (384, 12, 6),
@@ -24,8 +24,8 @@ _DIT_WIDTHS = {  # hidden_size, depth, num_heads (Peebles and Xie 2023, table 1)
 _DIT_PATCHES = (2, 4, 8)
 
 
-def _variants() -> Mapping[str, DiTConfig | TextDiTConfig]:
-    table: dict[str, DiTConfig | TextDiTConfig] = {
+def _variants() -> Mapping[str, AnyConfig]:
+    table: dict[str, AnyConfig] = {
         f"DiT-{name}/{patch}": DiTConfig(
             patch_size=PatchSize.parse(patch), hidden_size=width, depth=depth, num_heads=heads
         )
@@ -80,6 +80,18 @@ def _variants() -> Mapping[str, DiTConfig | TextDiTConfig]:
     table["TextDiT-Tiny/2"] = TextDiTConfig(
         hidden_size=64, depth=2, num_heads=4, caption_channels=64, caption_length=16
     )
+    table["Wan-1.3B"] = WanConfig()  # 81 frames of 480x832 pixels, downsampled by 4 and 8 (Wan Team 2025)
+    table["Wan-14B"] = WanConfig(hidden_size=5120, depth=40, num_heads=40, mlp_ratio=13824 / 5120)
+    table["Wan-Tiny"] = WanConfig(
+        input_size=(8, 16, 16),
+        in_channels=1,
+        hidden_size=64,
+        depth=2,
+        num_heads=4,
+        mlp_ratio=4.0,
+        caption_channels=64,
+        caption_length=16,
+    )
     return MappingProxyType(table)
 
 
@@ -91,7 +103,7 @@ def known_variants() -> tuple[str, ...]:
     return tuple(VARIANTS)
 
 
-def variant_config(name: str, **overrides: Any) -> DiTConfig | TextDiTConfig:
+def variant_config(name: str, **overrides: Any) -> AnyConfig:
     """The config of a named variant, with any of its fields replaced.
 
     Args:
@@ -112,7 +124,7 @@ def variant_config(name: str, **overrides: Any) -> DiTConfig | TextDiTConfig:
     return replace(config, **{field: _parsed(field, value) for field, value in overrides.items()})
 
 
-def create_model(name: str, **overrides: Any) -> DiT | TextDiT:
+def create_model(name: str, **overrides: Any) -> DiT | TextDiT | Wan:
     """A randomly initialised model of a named variant.
 
     Args:

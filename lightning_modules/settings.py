@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from flexidit.config import Positions, Recipe, TextDiTConfig, TransformerConfig
+from flexidit.config import CaptionedConfig, Positions, Recipe, TransformerConfig
 from flexidit.diffusion.mmd import ChainPlan, Estimator
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _untold(expected: TransformerConfig | None) -> dict[str, Any]:
     if expected is None:
         return {}
     names = ["num_heads", "process", "time_shift"]
-    if isinstance(expected, TextDiTConfig):
+    if isinstance(expected, CaptionedConfig):
         names += ["input_size", "caption_length"]
     return {name: getattr(expected, name) for name in names}
 

@@ -108,3 +108,46 @@ def tiny_vae(tmp_path: Path) -> Path:
     )
     vae.save_pretrained(tmp_path / "tiny")
     return tmp_path / "tiny"
+
+
+@pytest.fixture(scope="session")
+def wan_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random AutoencoderKLWan: 3 -> 4 channels, downscale 4 in space and in time; read only."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.0, 2.0, 0.5, 0.25],
+        scale_factor_spatial=4,
+    )
+    folder = tmp_path_factory.mktemp("wan")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cogvideox_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random AutoencoderKLCogVideoX: 3 -> 4 channels, downscale 4 in space and in time; read only."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 3,
+        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.7,
+        sample_height=48,
+        sample_width=40,
+    )
+    folder = tmp_path_factory.mktemp("cogvideox")
+    vae.save_pretrained(folder)
+    return folder

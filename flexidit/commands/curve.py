@@ -20,6 +20,7 @@ from flexidit.commands.sampling_setup import (
     Codec,
     LoadedModel,
     add_model_arguments,
+    add_solver_arguments,
     even_batches,
     load_model,
     need_codec,
@@ -40,6 +41,7 @@ from flexidit.metrics.curve import (
     cost_per_image,
 )
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
+from flexidit.metrics.curve_samples import solver_name
 from flexidit.metrics.features import FeatureExtractor
 from flexidit.sampling.schedule import PatchSchedule
 
@@ -66,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=10_000, metavar="N", help="a point (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=250, metavar="N", help="denoising steps (default: %(default)s)")
     parser.add_argument("--weak", metavar="SIZE", help="patch size of the cheap steps (default: the largest)")
-    parser.add_argument("--solver", default="ddpm", help="ddpm, ddim, dpm++ or sa (default: %(default)s)")
+    add_solver_arguments(parser)
     parser.add_argument(
         "--cfg-scale",
         default="1.5",
@@ -199,6 +201,7 @@ def _sampling_settings(args: argparse.Namespace, loaded: LoadedModel) -> Samplin
         num_samples=args.num_samples,
         batch_size=args.batch_size,
         solver=args.solver,
+        time_shift=args.time_shift,
         guidance_channels=args.guidance_channels,
         merged=loaded.merged,
         autocast=loaded.autocast,
@@ -213,7 +216,7 @@ def _record(
         "model": loaded.name,
         "num_samples": args.num_samples,
         "steps": args.steps,
-        "solver": args.solver,
+        "solver": solver_name(loaded.model, evaluation.settings),
         "guidance_channels": args.guidance_channels,
         "weak": args.weak,
         "reference": evaluation.reference.description,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from flexidit.caption_shards import CaptionedLatents, encode_captioned_images
+from flexidit.caption_shards import CaptionedLatents, encode_captioned
 from flexidit.captioned_images import find_captioned_images
 from flexidit.commands.sampling_setup import pick_device
 from flexidit.files import write_atomically
@@ -135,7 +135,7 @@ def _with_captions(args: argparse.Namespace, device: str) -> Encode:
         batch_size=8 if device == "cpu" else 64,
     )
     _ = encoder.fingerprint  # refused before the bar appears, as the VAE
-    return partial(encode_captioned_images, images, encoder)
+    return partial(encode_captioned, images, encoder)
 
 
 def _default_workers() -> int:

@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from flexidit.config import FlexConfig, TextDiTConfig, TransformerConfig
+from flexidit.config import CaptionedConfig, FlexConfig, TransformerConfig
 from flexidit.flops import CaptionWork, caption_flops, forward_flops, schedule_cost, schedule_for_budget
 from flexidit.patch_size import PatchSize
 from flexidit.sampling.schedule import PatchSchedule
@@ -95,7 +95,7 @@ def _terms(args: argparse.Namespace) -> dict[str, Any]:
 
 def _caption_entries(config: TransformerConfig, way: str) -> dict[str, Any]:
     """Where captions are counted; nothing for models of labels."""
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         return {}
     gflops = round(caption_flops(config) / 1e9, 2)
     return {"captions": _WAYS[way], "caption_tokens": config.caption_length, "caption_gflops": gflops}
@@ -127,7 +127,7 @@ def _config(args: argparse.Namespace) -> TransformerConfig:
 
 def _with_captions(args: argparse.Namespace, config: TransformerConfig) -> TransformerConfig:
     """Captions as long as they were said to be."""
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         if args.captions != "every-step" or args.caption_tokens is not None:
             raise ValueError(f"{args.model} takes labels; --captions and --caption-tokens are for models of text")
         return config

@@ -22,6 +22,7 @@ from flexidit.commands.sampling_setup import (
     Codec,
     LoadedModel,
     add_model_arguments,
+    add_solver_arguments,
     even_batches,
     load_model,
     need_codec,
@@ -95,7 +96,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="last steps whose guiding prediction is powerful (default: those of the conditional one)",
     )
-    parser.add_argument("--solver", default="ddpm", help="ddpm, ddim, dpm++ or sa (default: %(default)s)")
+    add_solver_arguments(parser)
     parser.add_argument("--cfg-scale", type=float, default=4.0, metavar="X", help="1: none (default: %(default)s)")
     parser.add_argument("--weak-guidance-scale", type=float, metavar="X", help="default: coupled to --cfg-scale")
     parser.add_argument("--guidance-channels", type=int, metavar="N", help="guide the first N (official DiT: 3)")
@@ -172,7 +173,8 @@ def _with_guide(schedule: PatchSchedule, powerful_steps: int, base: PatchSize) -
 
 
 def _sampler(args: argparse.Namespace, loaded: LoadedModel, schedule: PatchSchedule) -> Sampler:
-    return Sampler(loaded.model, args.solver, schedule=schedule, autocast=loaded.autocast, **_guidance(args))
+    how = {"autocast": loaded.autocast, "time_shift": args.time_shift, **_guidance(args)}
+    return Sampler(loaded.model, args.solver, schedule=schedule, **how)
 
 
 def _guidance(args: argparse.Namespace) -> dict[str, Any]:
@@ -349,6 +351,7 @@ def _report(args: argparse.Namespace, loaded: LoadedModel, sampler: Sampler, cod
         "model": loaded.name,
         "merged": loaded.merged,
         "codec": None if codec is None else codec.fingerprint,
+        "solver": sampler.solver_name,
         "cfg_scale": sampler.cfg_scale,
         "weak_guidance_scale": sampler.weak_guidance_scale,
         "device": loaded.device_name,

@@ -18,7 +18,7 @@ from torch import Tensor
 from flexidit.commands.sampling_setup import LoadedModel, parse_numbers
 from flexidit.commands.text_setup import add_text_arguments, open_text_encoder, warn_of_cut
 from flexidit.conditions import Captions
-from flexidit.config import TextDiTConfig
+from flexidit.config import CaptionedConfig
 
 _LABEL_WIDTH, _NOTE_WIDTH = 40, 48  # characters beside a row of pictures, in the sizes of its two lines
 
@@ -111,7 +111,7 @@ def read_asked(args: argparse.Namespace, loaded: LoadedModel) -> Asked:
     if args.num_each < 1:
         raise ValueError(f"--num-per-class or --num-per-prompt {args.num_each} must be at least 1")
     config = loaded.model.config
-    if isinstance(config, TextDiTConfig):
+    if isinstance(config, CaptionedConfig):
         if args.classes is not None:
             raise ValueError("this model is told captions, not classes; give --prompts or --prompt-file")
         return Asked(args.num_each, prompts=tuple(_read_prompts(args)))
@@ -130,7 +130,7 @@ def tell(args: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Told:
     if not asked.is_text:
         return Told(asked.indices(), None, {})
     negative = args.negative
-    if negative is None and not loaded.model.config.null_caption:
+    if negative is None and not loaded.model.config.has_null_caption:
         negative = ""  # these weights hold no null caption, and diffusers' pipelines take the empty prompt then
     encoder = open_text_encoder(args.text_encoder, args.tokenizer, loaded)
     texts = [*asked.prompts, *([negative] if negative else [])]

@@ -32,6 +32,7 @@ from flexidit.metrics.curve_samples import (
     make_sampler,
     rank_and_world_size,
     sample_pixels,
+    solver_name,
 )
 from flexidit.metrics.features import FeatureExtractor
 from flexidit.metrics.frechet import FeatureStatistics, Gaussian
@@ -244,7 +245,7 @@ class Evaluation:
             "reference": self.reference.description,
             "model": self.model_name,
             "codec": _codec_name(self.codec),
-            "solver": settings.solver,
+            "solver": solver_name(self.model, settings),
             "cfg_scale": settings.cfg_scale,
             "guidance_channels": settings.guidance_channels,
             "precision": str(settings.autocast or dtype_of(self.model)).removeprefix("torch."),

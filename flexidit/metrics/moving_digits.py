@@ -61,8 +61,7 @@ def directions_of(clips: Tensor, digit_size: int = NATIVE_SIZE) -> list[str | No
     moves = way >= CONFIRMED_SHARE * (clips.shape[-1] - digit_size)  # a nan does not
     eighths = (torch.atan2(velocity[:, 0], velocity[:, 1]) / (math.pi / 4)).nan_to_num().round().long() % 8
     return [
-        DIRECTION_NAMES[eighth] if does else None
-        for eighth, does in zip(eighths.tolist(), moves.tolist(), strict=True)
+        DIRECTION_NAMES[eighth] if does else None for eighth, does in zip(eighths.tolist(), moves.tolist(), strict=True)
     ]
 
 

@@ -26,6 +26,7 @@ from flexidit.models.transformer import pad
 from flexidit.patch_size import PatchSize
 from flexidit.text_layers import (
     CaptionEmbedder,
+    CaptionState,
     CaptionTokens,
     CrossAttention,
     SizeEmbedder,
@@ -42,22 +43,7 @@ class _Conditioning(NamedTuple):
     """(N, D)."""
     modulation: Tensor
     """(N, 6 * D), for all blocks."""
-    hidden: Tensor | None
-    """(N, L, D) projected captions; None if each block's keys and values are there."""
-    keys_values: tuple[Tensor, ...]
-    """(N, L, 2 * D) for each block, or empty."""
-    mask: Tensor
-    """(N, L) bool."""
-
-    def tokens(self, block: int, num_sequences: int) -> CaptionTokens:
-        """For one block; sequences that packing has added see a copy of the last caption."""
-        rows = torch.arange(num_sequences, device=self.mask.device).clamp(max=len(self.mask) - 1)
-        values = self.keys_values[block] if self.keys_values else self.hidden
-        assert values is not None
-        mask = self.mask[:, None, None]
-        if num_sequences != len(mask):
-            values, mask = values[rows], mask[rows]
-        return CaptionTokens(None, values, mask) if self.keys_values else CaptionTokens(values, None, mask)
+    captions: CaptionState
 
 
 class TextDiT(PositionedTransformer):
@@ -126,8 +112,9 @@ class TextDiT(PositionedTransformer):
         if self.config.micro_conditions:
             time = time + self._embed_image_size(y, size).to(time.dtype)
         if isinstance(y, CaptionKeys):
-            return _Conditioning(time, self.t_block(time), None, y.keys_values, y.mask)
-        return _Conditioning(time, self.t_block(time), self.y_embedder(y.embeddings, y.mask), (), y.mask)
+            return _Conditioning(time, self.t_block(time), CaptionState(None, y.keys_values, y.mask))
+        hidden = self.y_embedder(y.embeddings, y.mask)
+        return _Conditioning(time, self.t_block(time), CaptionState(hidden, (), y.mask))
 
     def block_arguments(
         self, conditions: Sequence[_Conditioning], layout: TokenLayout
@@ -136,7 +123,7 @@ class TextDiT(PositionedTransformer):
         counts = [segment.num_sequences for segment in layout.segments]
         modulation = join_vectors(pad(c.modulation, count) for c, count in zip(conditions, counts, strict=True))
         for block in range(len(self.blocks)):
-            yield modulation, [c.tokens(block, count) for c, count in zip(conditions, counts, strict=True)]
+            yield modulation, [c.captions.tokens(block, count) for c, count in zip(conditions, counts, strict=True)]
 
     def project(self, tokens: Tensor, condition: _Conditioning, patch_size: PatchSize) -> Tensor:
         """(N, T, D) -> (N, T, P * O)."""

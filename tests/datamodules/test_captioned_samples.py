@@ -9,6 +9,7 @@ from datamodules.captioned_samples import CaptionedSamples
 from flexidit.captioned_images import find_captioned_images
 from flexidit.draws import Draw
 from flexidit.images import read_pixels
+from flexidit.sample_readers import ImageReader
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def captioned_folder(image_folder):
 
 
 def make(folder, **options):
-    return CaptionedSamples(find_captioned_images(folder), 16, **options)
+    return CaptionedSamples(find_captioned_images(folder), ImageReader(16), **options)
 
 
 def test_a_sample_is_the_crop_and_one_of_its_captions(captioned_folder):

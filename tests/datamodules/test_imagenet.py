@@ -7,13 +7,14 @@ from datamodules.imagenet import ImageNetDataModule
 from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeSettings, encode_images
 from flexidit.latents import LatentCodec
+from flexidit.sample_readers import ImageReader
 
 COMMON = {"image_size": 16, "num_classes": 3, "batch_size": 4, "num_workers": 0}
 
 
 @pytest.fixture
 def latents(image_folder, kl_vae, tmp_path):
-    settings = EncodeSettings(image_size=16, shard_size=5, dtype="float32")
+    settings = EncodeSettings(ImageReader(16), shard_size=5, dtype="float32")
     encode_images(find_images(image_folder), LatentCodec(kl_vae), tmp_path / "latents", settings)
     return tmp_path / "latents"
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from datamodules.loading import stream_loader
 from datamodules.tar_samples import SharedSkips, TarSamples, count_samples, expand_tars
+from flexidit.sample_readers import ImageReader
 
 
 def jpeg(level: int) -> bytes:
@@ -36,7 +37,7 @@ def tars(tmp_path) -> list[str]:
 
 def make(tars, num_workers=0, training=True, batch_size=4, **options):
     dataset = TarSamples(
-        tars, 16, num_samples=24, batch_size=batch_size, training=training, shuffle_buffer=8, **options
+        tars, ImageReader(16), num_samples=24, batch_size=batch_size, training=training, shuffle_buffer=8, **options
     )
     return stream_loader(dataset, batch_size, num_workers)
 
@@ -171,7 +172,7 @@ def make_captioned(tmp_path, members, training=False, num_samples=24, **options)
     write_tar(tmp_path / "captioned.tar", members)
     dataset = TarSamples(
         [str(tmp_path / "captioned.tar")],
-        16,
+        ImageReader(16),
         target="caption",
         num_samples=num_samples,
         batch_size=1,
@@ -268,7 +269,7 @@ def test_a_member_twice_in_a_tar_is_named(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    dataset = TarSamples([str(path)], 16, target="caption", num_samples=1, batch_size=1, training=False)
+    dataset = TarSamples([str(path)], ImageReader(16), target="caption", num_samples=1, batch_size=1, training=False)
     assert texts(stream_loader(dataset, 1)) == ["a grey square"]
     assert [(skip.name, skip.reason[:19]) for skip in dataset.report()] == [
         ("a.jpg", "duplicate file name"),

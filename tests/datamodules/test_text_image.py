@@ -9,11 +9,12 @@ from torch import nn
 
 from datamodules.loading import ResumableLoader
 from datamodules.text_image import TextImageDataModule
-from flexidit.caption_shards import encode_captioned_images
+from flexidit.caption_shards import encode_captioned
 from flexidit.captioned_images import find_captioned_images
 from flexidit.conditions import Captions
 from flexidit.latent_encoding import EncodeSettings
 from flexidit.latents import LatentCodec
+from flexidit.sample_readers import ImageReader
 from flexidit.text import make_text_encoder
 
 WORDS = "words:8x6"
@@ -35,12 +36,12 @@ def folder(image_folder):
 
 @pytest.fixture
 def latents(folder, kl_vae, tmp_path):
-    encode_captioned_images(
+    encode_captioned(
         find_captioned_images(folder),
         codec=LatentCodec(kl_vae),
         encoder=make_text_encoder(WORDS),
         out=tmp_path / "latents",
-        settings=EncodeSettings(image_size=16, shard_size=5, dtype="float32"),
+        settings=EncodeSettings(ImageReader(16), shard_size=5, dtype="float32"),
     )
     return tmp_path / "latents"
 

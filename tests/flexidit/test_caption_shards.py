@@ -5,16 +5,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexidit.caption_shards import CaptionedLatents, encode_captioned_images
+from flexidit.caption_shards import CaptionedLatents, encode_captioned
 from flexidit.captioned_images import find_captioned_images
 from flexidit.draws import Draw, draw_choice, draw_flip, draw_noise
 from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeSettings, encode_images
 from flexidit.latent_shards import LatentShards, Metadata
 from flexidit.latents import LatentCodec, PixelCodec
+from flexidit.sample_readers import ImageReader
 from flexidit.text import WordEncoder
 
-SETTINGS = EncodeSettings(image_size=16, shard_size=5, batch_size=2, dtype="float32", flip=False)
+SETTINGS = EncodeSettings(ImageReader(16), shard_size=5, batch_size=2, dtype="float32", flip=False)
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 
 
@@ -29,7 +30,7 @@ def captioned(image_folder):
 
 def encode(folder, out, *, encoder=None, codec=None, settings=SETTINGS, **options):
     encoder, codec = encoder or WordEncoder(8, 6), codec or PixelCodec()
-    return encode_captioned_images(find_captioned_images(folder), encoder, codec, out, settings, **options)
+    return encode_captioned(find_captioned_images(folder), encoder, codec, out, settings, **options)
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_latents_are_those_of_the_image_and_flips_are_off(captioned, kl_vae, tmp
 
 
 def test_flips_where_they_are_asked_for(captioned, tmp_path):
-    encode(captioned, tmp_path / "out", settings=EncodeSettings(16, dtype="float32"))
+    encode(captioned, tmp_path / "out", settings=EncodeSettings(ImageReader(16), dtype="float32"))
     dataset = CaptionedLatents(tmp_path / "out", flip=True)
     for epoch in range(4):
         mirrored = draw_flip(0, Draw(3, epoch))
@@ -184,7 +185,7 @@ def test_other_captions_or_another_encoder_in_the_same_folder_are_refused(captio
     with pytest.raises(ValueError, match=r"text_encoder\.seed = 0, this run is configured for 1"):
         encode(captioned, latents, encoder=WordEncoder(8, 6, seed=1))
     (captioned / "n00000001" / "05.txt").write_text("something else")
-    with pytest.raises(ValueError, match="are of other images or captions"):
+    with pytest.raises(ValueError, match="are of other files, labels or captions"):
         encode(captioned, latents)
 
 

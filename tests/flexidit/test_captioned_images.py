@@ -3,10 +3,11 @@ import json
 import pytest
 from PIL import Image
 
-from flexidit.caption_shards import CaptionedLatents, encode_captioned_images
-from flexidit.captioned_images import CaptionedImage, find_captioned_images
+from flexidit.caption_shards import CaptionedLatents, encode_captioned
+from flexidit.captioned_images import CaptionedFile, find_captioned_images
 from flexidit.latent_encoding import EncodeSettings
 from flexidit.latents import PixelCodec
+from flexidit.sample_readers import ImageReader
 from flexidit.text import WordEncoder
 
 TEXTS = [("a red square", "something red"), ("a green field",), ("two birds", "birds on a wire", "wildlife")]
@@ -57,7 +58,7 @@ def write_sidecars(root):
     (root / "sub" / "c.json").write_text(json.dumps(TEXTS[2]))
 
 
-EXPECTED = [CaptionedImage(file, texts) for file, texts in zip(("a.jpg", "b.png", "sub/c.jpg"), TEXTS, strict=True)]
+EXPECTED = [CaptionedFile(file, texts) for file, texts in zip(("a.jpg", "b.png", "sub/c.jpg"), TEXTS, strict=True)]
 
 
 @pytest.mark.parametrize("write", [write_coco, write_lines, write_sidecars])
@@ -86,7 +87,7 @@ def test_the_metadata_come_before_annotations_and_those_before_files_beside(fold
     write_coco(folder)
     assert find_captioned_images(folder).items == EXPECTED
     (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "from the lines"}')
-    assert find_captioned_images(folder).items == [CaptionedImage("a.jpg", ("from the lines",))]
+    assert find_captioned_images(folder).items == [CaptionedFile("a.jpg", ("from the lines",))]
 
 
 def test_coco_own_layout_is_found_from_the_folder_of_images(folder):
@@ -204,7 +205,7 @@ def test_names_that_several_images_have_are_not_guessed(folder):
     Image.new("RGB", (9, 9)).save(folder / "sub" / "b.png")
     (folder / "a.jpg").rename(folder / "sub" / "d.jpg")
     (folder / "metadata.jsonl").write_text('{"file_name": "c.jpg", "text": "x"}\n{"file_name": "b.png", "text": "y"}')
-    assert find_captioned_images(folder).items == [CaptionedImage("b.png", ("y",)), CaptionedImage("sub/c.jpg", ("x",))]
+    assert find_captioned_images(folder).items == [CaptionedFile("b.png", ("y",)), CaptionedFile("sub/c.jpg", ("x",))]
     (folder / "b.png").rename(folder / "sub" / "c.png")
     (folder / "c.png").write_bytes(b"")
     (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "x"}\n{"file_name": "c.png", "text": "y"}')
@@ -263,8 +264,8 @@ def test_damaged_images_are_named_by_the_encoding(damage, reason, folder, tmp_pa
     write_lines(folder)
     index = find_captioned_images(folder)
     damage(folder / "a.jpg")
-    settings = EncodeSettings(image_size=8, batch_size=2, flip=False)
-    result = encode_captioned_images(index, WordEncoder(8, 4), PixelCodec(), tmp_path / "out", settings)
+    settings = EncodeSettings(ImageReader(8), batch_size=2, flip=False)
+    result = encode_captioned(index, WordEncoder(8, 4), PixelCodec(), tmp_path / "out", settings)
     assert [skip.name for skip in result.skips] == ["a.jpg"]
     assert reason in result.skips.skips[0].reason
     assert CaptionedLatents(tmp_path / "out").indices.tolist() == [1, 2]

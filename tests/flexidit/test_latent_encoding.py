@@ -8,8 +8,9 @@ from flexidit.images import find_images, read_pixels
 from flexidit.latent_encoding import EncodeSettings, encode_images
 from flexidit.latent_shards import Metadata, sha256_of
 from flexidit.latents import LatentCodec
+from flexidit.sample_readers import ImageReader
 
-SETTINGS = EncodeSettings(image_size=16, shard_size=5, batch_size=2, dtype="float32")
+SETTINGS = EncodeSettings(ImageReader(16), shard_size=5, batch_size=2, dtype="float32")
 
 
 def encode(folder, vae, out, settings=SETTINGS, **options):
@@ -104,7 +105,7 @@ def test_a_folder_of_other_latents_is_refused(image_folder, tiny_vae, kl_vae, tm
     with pytest.raises(ValueError, match=r"codec\.class = 'AutoencoderTiny'"):
         encode(image_folder, kl_vae, tmp_path / "out")
     with pytest.raises(ValueError, match="shard_size = 5, this run is configured for 6"):
-        encode(image_folder, tiny_vae, tmp_path / "out", EncodeSettings(16, 6, 2, "float32"))
+        encode(image_folder, tiny_vae, tmp_path / "out", EncodeSettings(ImageReader(16), 6, 2, "float32"))
     (image_folder / "n00000000" / "00.jpg").unlink()
     with pytest.raises(ValueError, match="num_images = 12"):
         encode(image_folder, tiny_vae, tmp_path / "out")
@@ -112,13 +113,13 @@ def test_a_folder_of_other_latents_is_refused(image_folder, tiny_vae, kl_vae, tm
 
 def test_workers_and_batches_change_nothing(image_folder, tiny_vae, tmp_path):
     encode(image_folder, tiny_vae, tmp_path / "a")
-    encode(image_folder, tiny_vae, tmp_path / "b", EncodeSettings(16, 5, 4, "float32", num_workers=1))
+    encode(image_folder, tiny_vae, tmp_path / "b", EncodeSettings(ImageReader(16), 5, 4, "float32", num_workers=1))
     a, b = (load_file(tmp_path / name / "shard-00001.safetensors") for name in "ab")
     torch.testing.assert_close(a, b)
 
 
 def test_half_precision_and_no_flip(image_folder, kl_vae, tmp_path):
-    encode(image_folder, kl_vae, tmp_path / "out", EncodeSettings(16, dtype="bfloat16", flip=False))
+    encode(image_folder, kl_vae, tmp_path / "out", EncodeSettings(ImageReader(16), dtype="bfloat16", flip=False))
     shard = load_file(tmp_path / "out" / "shard-00000.safetensors")
     assert set(shard) == {"mean", "std", "index", "label"}
     assert shard["mean"].dtype == torch.bfloat16
@@ -133,7 +134,7 @@ def test_metadata_lists_size_and_hash(image_folder, tiny_vae, tmp_path):
     assert [entry.count for entry in metadata.entries()] == [5, 5, 2]
 
 
-@pytest.mark.parametrize("options", [{"shard_size": 0}, {"image_size": 0}, {"batch_size": -1}, {"dtype": "int8"}])
+@pytest.mark.parametrize("options", [{"shard_size": 0}, {"batch_size": -1}, {"dtype": "int8"}])
 def test_bad_settings_are_refused(options):
     with pytest.raises(ValueError, match="got"):
         EncodeSettings(**options)

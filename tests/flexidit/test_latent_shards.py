@@ -9,12 +9,13 @@ from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeSettings, encode_images
 from flexidit.latent_shards import LatentShards, Metadata, check_fingerprint
 from flexidit.latents import LatentCodec
+from flexidit.sample_readers import ImageReader
 
 
 @pytest.fixture
 def latents(image_folder, kl_vae, tmp_path):
     """Twelve encoded images in three shards."""
-    settings = EncodeSettings(image_size=16, shard_size=5, dtype="float32")
+    settings = EncodeSettings(ImageReader(16), shard_size=5, dtype="float32")
     encode_images(find_images(image_folder), LatentCodec(kl_vae), tmp_path / "latents", settings)
     return tmp_path / "latents"
 
@@ -52,7 +53,7 @@ def test_workers_read_through_their_own_maps(latents):
 
 
 def test_a_deterministic_vae_stores_no_deviation(image_folder, tiny_vae, tmp_path):
-    settings = EncodeSettings(image_size=16, dtype="float32")
+    settings = EncodeSettings(ImageReader(16), dtype="float32")
     encode_images(find_images(image_folder), LatentCodec(tiny_vae), tmp_path / "latents", settings)
     dataset = LatentShards(tmp_path / "latents", flip=False)
     assert dataset.moments(0)[1] is None

@@ -148,7 +148,7 @@ def test_json_is_all_that_is_printed(checkpoint: Callable[..., Path], tmp_path: 
         ("--budgets 0.1", "out of reach"),
         ("--budgets low", "--budgets 'low' is not a list of numbers"),
         ("--order random", "unknown order 'random'; give one or more of weak_first"),
-        ("--solver euler", "unknown solver 'euler'"),
+        ("--solver euler", "solver 'euler' does not fit this model, which predicts noise"),
         ("--num-samples 1", "needs 2 samples or more"),
         ("--reference nowhere --features digits", "no reference at 'nowhere'"),
         ("--features vgg", "unknown features 'vgg'"),

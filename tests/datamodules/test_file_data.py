@@ -2,18 +2,19 @@ import json
 
 import pytest
 
-from datamodules.image_data import ImageDataModule, source_kind
+from datamodules.file_data import FileDataModule, source_kind
 from datamodules.imagenet import ImageNetDataModule
 from datamodules.text_image import TextImageDataModule
 from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeSettings, encode_images
 from flexidit.latents import LatentCodec
+from flexidit.sample_readers import ImageReader
 
 
 def test_kinds_are_told_apart(image_folder, kl_vae, tmp_path):
-    settings = EncodeSettings(image_size=16, shard_size=5, dtype="float32")
+    settings = EncodeSettings(ImageReader(16), shard_size=5, dtype="float32")
     encode_images(find_images(image_folder), LatentCodec(kl_vae), tmp_path / "latents", settings)
-    assert source_kind(image_folder) == "images"
+    assert source_kind(image_folder) == "files"
     assert source_kind(tmp_path / "latents") == "latents"
     assert source_kind("a-{00..12}.tar") == source_kind("b.tar") == "tars"
     with pytest.raises(FileNotFoundError, match="no data at"):
@@ -44,4 +45,4 @@ def test_a_share_outside_its_range_is_refused():
 
 @pytest.mark.parametrize("data_module", [ImageNetDataModule, TextImageDataModule])
 def test_both_kinds_share_the_base(data_module):
-    assert issubclass(data_module, ImageDataModule)
+    assert issubclass(data_module, FileDataModule)

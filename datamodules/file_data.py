@@ -1,6 +1,6 @@
-"""What data modules over images share: telling sources apart, splits, loaders, the VAE, and what was left out.
+"""What data modules over images and clips share: telling sources apart, splits, loaders, the VAE, what was left out.
 
-Shape legend: N batch, C channels and H W size of what the model sees (latents, or pixels).
+Shape legend: N batch, C channels, F frames of clips and H W size of what the model sees (latents, or pixels).
 """
 
 import logging
@@ -23,13 +23,13 @@ from datamodules.loading import (
 )
 from datamodules.tar_samples import TarSamples, TarTarget, count_samples, expand_tars
 from flexidit.draws import Draw, draw_noise
-from flexidit.images import CROP
-from flexidit.latent_shards import METADATA_FILE, OnError
-from flexidit.latents import CodecDtype, LatentCodec, PixelCodec, latent_size
+from flexidit.latent_shards import METADATA_FILE, OnError, make_fingerprint
+from flexidit.latents import CodecDtype, LatentCodec, PixelCodec
+from flexidit.sample_readers import SampleReader
 from flexidit.skips import SkipReport
 
 logger = logging.getLogger(__name__)
-SourceKind = Literal["latents", "tars", "images"]
+SourceKind = Literal["latents", "tars", "files"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Split:
 
 
 def source_kind(source: str | Path) -> SourceKind:
-    """What lies at a place: latents (``metadata.json``), tars (a folder of them, or a pattern), or images.
+    """What lies at a place: latents (``metadata.json``), tars (a folder of them, or a pattern), or files.
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -51,14 +51,14 @@ def source_kind(source: str | Path) -> SourceKind:
         return "tars"
     folder = Path(source)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no data at {source}: give a folder of latents or images, or a pattern of tars")
+        raise FileNotFoundError(f"no data at {source}: give a folder of latents or files, or a pattern of tars")
     if (folder / METADATA_FILE).is_file():
         return "latents"
-    return "tars" if any(folder.glob("*.tar")) else "images"
+    return "tars" if any(folder.glob("*.tar")) else "files"
 
 
-class ImageDataModule(ResumableDataModule, ABC):
-    """Images with something that belongs to them: latents, raw files or tars, for training and validation.
+class FileDataModule(ResumableDataModule, ABC):
+    """Images or clips with something that belongs to them: latents, raw files or tars, for training and validation.
 
     Subclasses say how latents and files are opened, and what tars hold; they explain the arguments.
     """
@@ -72,7 +72,7 @@ class ImageDataModule(ResumableDataModule, ABC):
         train: str,
         val: str | None,
         *,
-        image_size: int,
+        reader: SampleReader,
         batch_size: int,
         num_workers: int,
         vae: str | None,
@@ -87,7 +87,7 @@ class ImageDataModule(ResumableDataModule, ABC):
         super().__init__()
         check_fraction(val_fraction)
         self.train, self.val, self.val_fraction = train, val, val_fraction
-        self.image_size, self.flip = image_size, flip
+        self.reader, self.flip = reader, flip
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.num_train_samples, self.shuffle_buffer, self.on_error = num_train_samples, shuffle_buffer, on_error
         self.codec = LatentCodec(vae, dtype=codec_dtype) if vae is not None else None
@@ -98,18 +98,21 @@ class ImageDataModule(ResumableDataModule, ABC):
         """Reader of a folder of latents: map-style, with ``shape``, ``fingerprint`` and ``report``."""
 
     @abstractmethod
-    def open_images(self, root: str, flip: bool) -> Any:
-        """Reader of a folder of images: map-style, batches have ``index`` and ``epoch``; with ``report()``."""
+    def open_files(self, root: str, flip: bool, training: bool) -> Any:
+        """Reader of a folder of files: map-style, batches have ``index`` and ``epoch``; with ``report()``."""
+
+    def reader_for(self, training: bool) -> SampleReader:
+        """What is read of a file: the same for training and validation, if subclasses do not say otherwise."""
+        return self.reader
 
     def check_raw(self) -> None:
-        """Refuse what raw images could not be encoded with, before any is read."""
+        """Refuse what raw files could not be encoded with, before any is read."""
         if self.codec is not None:
-            latent_size(self.codec, self.image_size)
+            self.reader.latent_size(self.codec)
 
     def expected(self) -> dict[str, Any]:
         """Fields of the fingerprint that stored latents must agree with."""
-        expected: dict[str, Any] = {"image_size": self.image_size, "crop": CROP}
-        return expected | ({"codec": self.codec.fingerprint} if self.codec is not None else {})
+        return self.reader.fingerprint | ({"codec": self.codec.fingerprint} if self.codec is not None else {})
 
     def setup(self, stage: str | None = None) -> None:
         """Open and check the data; the same on every rank."""
@@ -129,13 +132,10 @@ class ImageDataModule(ResumableDataModule, ABC):
         self._splits = splits
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of ``x``."""
+    def sample_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of ``x``, or (C, F, H, W) of clips."""
         split = self.split("train")
-        if split.kind != "latents":
-            return latent_size(self.codec or PixelCodec(), self.image_size)
-        channels, height, width = split.dataset.shape
-        return channels, height, width
+        return split.dataset.shape if split.kind == "latents" else self.reader.latent_size(self.codec or PixelCodec())
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class ImageDataModule(ResumableDataModule, ABC):
         if split.kind == "latents":
             return split.dataset.fingerprint
         codec = self.codec or PixelCodec()
-        return {"codec": codec.fingerprint, "image_size": self.image_size, "crop": CROP, "has_flip": self.flip}
+        return make_fingerprint(codec.fingerprint, self.reader.fingerprint, has_flip=self.flip)
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, whole batches only."""
@@ -169,7 +169,7 @@ class ImageDataModule(ResumableDataModule, ABC):
             if len(report):
                 logger.warning("%s data: %s", name, report.summary("item"))
 
-    def encode_images(self, batch: dict[str, Any]) -> Tensor:
+    def encode_samples(self, batch: dict[str, Any]) -> Tensor:
         """``x`` for the model, on the device of the batch, with the noise that stored latents have in this epoch."""
         pixels = batch["x"]
         if self.codec is None:
@@ -177,7 +177,7 @@ class ImageDataModule(ResumableDataModule, ABC):
         codec = self.codec.to(pixels.device)
         if codec.is_deterministic:
             return codec.encode(pixels)
-        shape = latent_size(codec, self.image_size)
+        shape = self.reader.latent_size(codec)
         draws = zip(batch["index"].tolist(), batch["epoch"].tolist(), strict=True)
         return codec.encode(pixels, torch.stack([draw_noise(self.seed, Draw(*draw), shape) for draw in draws]))
 
@@ -191,7 +191,7 @@ class ImageDataModule(ResumableDataModule, ABC):
         if kind == "latents":
             return self.open_latents(source, self.expected(), flip), kind
         self.check_raw()
-        return (self._open_tars(source, training) if kind == "tars" else self.open_images(source, flip)), kind
+        return (self._open_tars(source, training) if kind == "tars" else self.open_files(source, flip, training)), kind
 
     def _open_tars(self, source: str, training: bool) -> TarSamples:
         tars = expand_tars(source)
@@ -199,7 +199,7 @@ class ImageDataModule(ResumableDataModule, ABC):
         known = self.num_train_samples if training else 0
         return TarSamples(
             tars,
-            self.image_size,
+            self.reader_for(training),
             target=self.tar_target,
             num_samples=known if known is not None else count_samples(tars, self.tar_target),
             batch_size=self.batch_size,
