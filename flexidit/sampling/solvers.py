@@ -14,6 +14,7 @@ What was read in diffusers 0.42 and is worked around here:
 * Flow solvers other than Euler tell the model times rounded down to whole numbers, as Wan's code does too; the levels
   they step through are not rounded. With a strong shift equal times stand for different levels, so that levels are what
   is checked, and steps are counted.
+* ``SASolverScheduler`` ends a flow's last step where it began, at a fifth of the noise and more: it is refused.
 
 PixArt has DiT's linear noise schedule, 1e-4 to 0.02, and the paper samples from it as PixArt's authors do: "ddpm" with
 100 steps, "dpm++" with 20, "sa" with 25, guidance 4.5 (section 4.2, Figs. 22 to 24). "dpm++" is what diffusers'
@@ -256,7 +257,7 @@ def _check_steps(solver: Solver, num_steps: int, process: ProcessName) -> None:
         )
     if process == "flow" and not bool((solver.sigmas.diff() < 0).all()):
         raise ValueError(
-            f"{name} does not lower the noise at each of {num_steps} steps; take fewer, or a smaller shift"
+            f"{name} does not lower the noise at each of {num_steps} steps; take fewer, less shift or another solver"
         )
     if process == "diffusion" and len(timesteps.unique()) != num_steps:
         raise ValueError(f"{name} repeats timesteps at {num_steps} steps; take fewer")
