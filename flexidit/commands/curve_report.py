@@ -60,9 +60,12 @@ _COLUMNS = (
     _Column("GFLOPs an image", lambda row: f"{row[0].flops_per_image / 1e9:,.2f}"),
     _Column("seconds an image", _mean("seconds_per_image", ".3g")),
     _Column("Frechet distance", _frechet),
+    _Column("Frechet distance of frames", _mean("frechet_frames", ".3f"), _has("frechet_frames")),
     _Column("accuracy", _mean("accuracy", ".1%"), _has("accuracy")),
     _Column("agreement", _mean("agreement", ".1%"), _has("agreement")),
     _Column("CLIP score", _mean("clip_score", ".2f"), _has("clip_score")),
+    _Column("flicker", _mean("flicker", ".4f"), _has("flicker")),
+    _Column("smoothness", _mean("smoothness", ".4f"), _has("smoothness")),
     _Column("seeds", lambda row: str(len(row))),
 )
 

@@ -1,6 +1,7 @@
 """Quality against compute: samples at several schedules, a Frechet distance each, and the record of how.
 
-Shape legend: N samples of one candidate, n samples in one batch, C channels, H W height and width.
+Shape legend: N samples of one candidate, n samples in one batch, C channels, F frames, H W height and width. Samples
+are images (n, C, H, W) or clips (n, C, F, H, W).
 
 For one process or many, for models of classes and of captions: :class:`Evaluation` is what ``flexidit curve``, the
 quick starts and the ``fid_flops`` callback run. FID baselines of one checkpoint differ between papers by more than the
@@ -117,24 +118,26 @@ def reference_of(
     description: str,
     max_samples: int | None = None,
 ) -> Reference:
-    """Statistics of real images that arrive as model inputs ``{"x": (n, C, H, W)}``, over all ranks' batches.
+    """Statistics of real images or clips that arrive as model inputs ``{"x": (n, ...)}``, over all ranks' batches.
 
     Latents are decoded first: the distance then leaves out what the VAE itself loses.
 
     Args:
-        batches: This rank's share of the images.
+        batches: This rank's share of the images or clips.
         codec: Turns ``x`` into pixels.
         features: The evaluator.
-        description: Which images these are; their number is added.
+        description: Which images or clips these are; the number of their features is added, F a clip where each frame
+            has its own.
         max_samples: Stop there, summed over ranks.
     """
     rank, world_size = rank_and_world_size()
     limit = None if max_samples is None else max_samples // world_size + (rank < max_samples % world_size)
-    statistics, device = FeatureStatistics(), device_of(features)
+    statistics, device, num_seen = FeatureStatistics(), device_of(features), 0
     for batch in batches:
-        x = batch["x"] if limit is None else batch["x"][: limit - statistics.count]
+        x = batch["x"] if limit is None else batch["x"][: limit - num_seen]
         statistics.update(features(codec.decode(x.to(device))))
-        if statistics.count == limit:
+        num_seen += len(x)
+        if num_seen == limit:
             break
     result = statistics.gathered().gaussian(features.fingerprint)
     return Reference(result, f"{description} ({result.count} samples)")
@@ -161,13 +164,14 @@ class Evaluation:
     """All that the points of one curve have in common.
 
     Raises:
-        ValueError: the reference was computed in other features.
+        ValueError: a reference was computed in other features, or there are features of frames without a reference.
     """
 
     model: Any
     """A flexible model with ``config`` and what the sampler needs."""
     codec: Decoder
     features: FeatureExtractor
+    """Of images, or of whole clips: :class:`~flexidit.metrics.clip_features.ClipFeatures`, or a network for clips."""
     reference: Reference
     settings: SamplingSettings
     full_steps: int
@@ -180,14 +184,21 @@ class Evaluation:
     """What samples are asked for, such as :class:`Prompts`; None: the model's classes in turn."""
     judges: Sequence[Judge] = ()
     """Who compares samples with that: :class:`DigitAgreement`, :class:`CLIPScore`, ..."""
+    frame_features: FeatureExtractor | None = None
+    """For clips, of their frames: :class:`~flexidit.metrics.clip_features.FrameFeatures`; None: not measured."""
+    frame_reference: Reference | None = None
+    """In these features."""
 
     def __post_init__(self) -> None:
-        known = self.reference.statistics.fingerprint
-        if known is not None and known != self.features.fingerprint:
-            raise ValueError(
-                f"the reference was computed with the features {known}, the samples would be with "
-                f"{self.features.fingerprint}; compute the reference again or use its extractor"
-            )
+        if (self.frame_features is None) != (self.frame_reference is None):
+            raise ValueError("features of frames need a reference in them: give frame_features and frame_reference")
+        for features, reference in self._compared:
+            known = reference.statistics.fingerprint
+            if known is not None and known != features.fingerprint:
+                raise ValueError(
+                    f"the reference was computed with the features {known}, the samples would be with "
+                    f"{features.fingerprint}; compute the reference again or use its extractor"
+                )
 
     def curve(self, candidates: Iterable[Candidate], done: Sequence[CurvePoint] = ()) -> Iterator[CurvePoint]:
         """Measure one candidate after the other; each point arrives, equal on all ranks, as soon as it is known.
@@ -202,7 +213,7 @@ class Evaluation:
     @torch.no_grad()
     def measure(self, candidate: Candidate) -> CurvePoint:
         """Sample, extract, compare. Every rank must call it."""
-        statistics, seconds, num_sampled = FeatureStatistics(), 0.0, 0
+        statistics, seconds, num_sampled = [FeatureStatistics() for _ in self._compared], 0.0, 0
         judges = self._judges
         conditions = classes_of(self.model) if self.conditions is None else self.conditions
         tallies = {name: Tally() for judge in judges for name in judge.measures}
@@ -210,21 +221,34 @@ class Evaluation:
             seconds, num_sampled = seconds + batch.seconds, num_sampled + batch.num_sampled
             if not len(batch.indices):
                 continue
-            statistics.update(self.features(batch.pixels))
+            for own, (features, _) in zip(statistics, self._compared, strict=True):
+                own.update(features(batch.pixels))
             for judge in judges:
                 for name, tally in judge(batch.pixels, conditions.wanted(batch.indices)).items():
                     tallies[name] += tally
         all_seconds, all_sampled = _sum_over_ranks(seconds, num_sampled)
         cost = cost_per_image(self.model, candidate.schedule, self.settings)
         results: dict[str, Any] = {"accuracy": None} | _means_over_ranks(tallies)
+        distances = [
+            _distance(own.gathered(), reference.statistics)
+            for own, (_, reference) in zip(statistics, self._compared, strict=True)
+        ]
         return CurvePoint(
             **self._record(candidate),
             **results,
             relative_flops=cost / full_cost_per_image(self.model, self.full_steps, self.settings),
             flops_per_image=cost,
-            frechet=_distance(statistics.gathered(), self.reference.statistics),
+            frechet=distances[0],
+            frechet_frames=distances[1] if len(distances) > 1 else None,
             seconds_per_image=all_seconds / all_sampled,
         )
+
+    @property
+    def _compared(self) -> list[tuple[FeatureExtractor, Reference]]:
+        """Each extractor with its reference: the evaluator's, and that of frames."""
+        if self.frame_features is None or self.frame_reference is None:
+            return [(self.features, self.reference)]
+        return [(self.features, self.reference), (self.frame_features, self.frame_reference)]
 
     @property
     def _judges(self) -> list[Judge]:
@@ -241,7 +265,7 @@ class Evaluation:
             "num_sampling_steps": len(candidate.schedule),
             "num_samples": settings.num_samples,
             "evaluator": self.features.name,
-            "fingerprint": self.features.fingerprint,
+            "fingerprint": "; ".join(features.fingerprint for features, _ in self._compared),
             "reference": self.reference.description,
             "model": self.model_name,
             "codec": _codec_name(self.codec),

@@ -31,7 +31,7 @@ CONFIRMED_SHARE = SHARES[0] / 2
 """Of the free way: what moves less than this on both axes is not believed to move; the slowest real digit has twice."""
 
 _TIED = 1e-3  # windows that hold as much ink but for this share; the faintest pixel of a real digit is more
-_STRIDE = 3  # of the frames that classifiers are trained on: neighbours look alike
+_QUADRANTS = 4
 
 
 def centroids(clips: Tensor) -> Tensor:
@@ -129,17 +129,18 @@ def train_moving_digit_classifier(clip: ClipFormat = ClipFormat(), seed: int = 0
         clip: Size of the clips.
         seed: Of the training, and of the movements that it sees.
     """
-    clips, labels = _real_clips(clip, seed)
-    digits = cut_out(clips[:, :, ::_STRIDE], clip.digit_size)
-    return _train(digits, labels, seed)
+    clips, labels = _real_clips(clip, seed, num_frames=3)
+    digits = cut_out(clips, clip.digit_size).flatten(0, 1)
+    return train_digit_classifier(digits, labels.repeat_interleave(3), seed, num_epochs=8)
 
 
 def moving_digit_features(
     canvas_size: int = 16, num_frames: int = 8, digit_size: int = NATIVE_SIZE, seed: int = 0
 ) -> DigitClassifier:
-    """A classifier of whole frames (M, 1, S, S), whose features make Frechet distances of frames and clips.
+    """A classifier of whole frames (M, 1, S, S), whose features make Frechet distances of frames and of clips.
 
-    See :mod:`flexidit.metrics.clip_features`. Trained, here and now, on all real digits: a config can name it.
+    It learns class and quadrant together: features of the class alone are made to forget the place, and a distance in
+    them would hardly notice how a digit moves. Trained, here and now, on all real digits: a config can name it.
 
     Args:
         canvas_size: S.
@@ -147,8 +148,13 @@ def moving_digit_features(
         digit_size: Side of a digit in pixels.
         seed: Of the training, and of the movements that it sees.
     """
-    clips, labels = _real_clips(ClipFormat(canvas_size, num_frames, digit_size), seed)
-    return _train(clips[:, :, ::_STRIDE].transpose(1, 2), labels, seed)
+    clips, labels = _real_clips(ClipFormat(canvas_size, num_frames, digit_size), seed, num_frames=2)
+    below, beside = (centroids(clips) > (canvas_size - 1) / 2).flatten(0, 1).long().unbind(1)
+    places = labels.repeat_interleave(2) * _QUADRANTS + 2 * below + beside
+    frames = clips.transpose(1, 2).flatten(0, 1)
+    classifier = train_digit_classifier(frames, places, seed, num_epochs=6, num_classes=10 * _QUADRANTS)
+    classifier.name = "classifier of moving digits and their quadrant, penultimate layer (trained on the same digits)"
+    return classifier
 
 
 @lru_cache(maxsize=4)
@@ -176,16 +182,11 @@ def _shuffled_captions(generator: torch.Generator) -> Iterator[str]:
             yield captions[int(torch.randint(len(captions), (), generator=generator))]
 
 
-def _real_clips(clip: ClipFormat, seed: int) -> tuple[Tensor, Tensor]:
-    """Every digit in one motion: (1797, 1, F, S, S) and its labels."""
+def _real_clips(clip: ClipFormat, seed: int, num_frames: int) -> tuple[Tensor, Tensor]:
+    """Every digit in one motion, in so many frames of it, evenly spaced; and their labels."""
     digits, _ = moving_digits_in(clip)
-    return digits.clips(seed, [Draw(sample) for sample in range(len(digits))])[0], digits.labels
-
-
-def _train(frames: Tensor, labels: Tensor, seed: int) -> DigitClassifier:
-    """(N, F, 1, H, W) frames of N digits, each with the label of its digit."""
-    repeated = labels.repeat_interleave(frames.shape[1])
-    return train_digit_classifier(frames.flatten(0, 1), repeated, seed, num_epochs=8)
+    clips, _ = digits.clips(seed, [Draw(sample) for sample in range(len(digits))])
+    return clips[:, :, torch.linspace(0, clip.num_frames - 1, num_frames).long()], digits.labels
 
 
 def _ink(clips: Tensor) -> Tensor:
