@@ -14,7 +14,8 @@ from torch import nn
 from flexidit import create_model, flexify, save_checkpoint
 from flexidit.cli import main
 from flexidit.commands import evaluator as evaluator_module
-from flexidit.metrics.curve import Candidate, Evaluation
+from flexidit.metrics.curve import Evaluation
+from flexidit.metrics.curve_candidates import Candidate
 from flexidit.metrics.curve_points import CurvePoint, read_csv
 from flexidit.metrics.digit_classifier import train_digit_classifier
 
