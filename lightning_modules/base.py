@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -33,8 +33,10 @@ from lightning_modules.data_contract import (
     warn_of_other_codec,
 )
 from lightning_modules.draws import SampleDraws, draw_patch_size, places
+from lightning_modules.one_reader import device_of, read_once, read_target
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
-from lightning_modules.trained_state import base_source, check_loadable, identify_base, keep_trained
+from lightning_modules.sharding import GatherDtype, check_gathering, shard, start_moments
+from lightning_modules.trained_state import check_loadable, identify_base, keep_trained
 
 GAP_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 """Step indices where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
@@ -78,6 +80,8 @@ class DiffusionModule(LightningModule, ABC):
             equally often.
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
+        gather_dtype: of sharded weights (fsdp.yaml) while they are used: "float32", as one process has them, or
+            "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
     """
@@ -90,6 +94,7 @@ class DiffusionModule(LightningModule, ABC):
         patch_size_weights: dict[str, float] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -98,6 +103,7 @@ class DiffusionModule(LightningModule, ABC):
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.patch_size_weights = patch_size_weights
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile
+        self.gather_dtype: GatherDtype = gather_dtype
         self.vae, self.seed = vae, seed
         self.process: Process
         self.model: FlexiTransformer
@@ -114,14 +120,14 @@ class DiffusionModule(LightningModule, ABC):
             return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            target = self.target_settings.build()
+            target, source = read_target(self.target_settings, self._strategy)
             self.process = process_of(target.config)
-            source = base_source(target, self.target_settings.checkpoint)
-            self.model = self.build_model(target)
+            with device_of(target):
+                self.model = self.build_model(target)
         self.model.gradient_checkpointing = self.gradient_checkpointing
         self._weights = self._checked_weights()
         # Before anything shards the weights or changes their type: the hash is that of what target.checkpoint holds.
-        self.base_identity = identify_base(self.model, source)
+        self.base_identity = read_once(self._strategy, lambda: identify_base(self.model, source))
         self.strict_loading = self.base_identity is None
         if self.compile_blocks:
             # All blocks share the limit on graphs, 8: sizes times training, validation and sampling can be more.
@@ -255,8 +261,6 @@ class DiffusionModule(LightningModule, ABC):
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         optimizer, schedule = settings.build(parameters, max_steps, fused=not scaled)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            from lightning_modules.sharding import start_moments
-
             start_moments(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -294,6 +298,10 @@ class DiffusionModule(LightningModule, ABC):
         check_loadable(checkpoint, self, text_fingerprint_of(self._datamodule, self.model.config))
 
     @property
+    def _strategy(self) -> Strategy | None:
+        return None if self._trainer is None else self._trainer.strategy
+
+    @property
     def _datamodule(self) -> Any:
         return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
 
@@ -310,11 +318,11 @@ class DiffusionModule(LightningModule, ABC):
 
     def _distribute(self) -> None:
         strategy = self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            from lightning_modules.sharding import shard
-
+        is_sharded = isinstance(strategy, ModelParallelStrategy)
+        check_gathering(self.gather_dtype, self.trainer.precision, is_sharded)
+        if is_sharded:
             assert self.device_mesh is not None
-            shard(self.model, self.device_mesh)
+            shard(self.model, self.device_mesh, self.gather_dtype)
         elif isinstance(strategy, DDPStrategy) and self._trains_in_turns:
             # What belongs to other patch sizes gets no gradient in a step, and AdamW must skip it as it does in one
             # process: a gradient of zero would let its momentum move it.

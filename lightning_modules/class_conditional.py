@@ -15,6 +15,7 @@ from flexidit.patch_size import PatchSize
 from lightning_modules.base import DiffusionModule
 from lightning_modules.draws import keyed
 from lightning_modules.settings import FlexSettings, MatchingSettings, OptimizerSettings, TargetSettings
+from lightning_modules.sharding import GatherDtype
 from lightning_modules.students import make_student
 
 
@@ -32,6 +33,8 @@ class ClassConditional(DiffusionModule):
             equally often.
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
+        gather_dtype: of sharded weights (fsdp.yaml) while they are used: "float32", as one process has them, or
+            "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
 
@@ -48,6 +51,7 @@ class ClassConditional(DiffusionModule):
         patch_size_weights: dict[str, float] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -58,6 +62,7 @@ class ClassConditional(DiffusionModule):
             patch_size_weights=patch_size_weights,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
+            gather_dtype=gather_dtype,
             vae=vae,
             seed=seed,
         )

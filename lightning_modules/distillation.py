@@ -18,6 +18,7 @@ from flexidit.patch_size import PatchSize
 from lightning_modules.base import DiffusionModule
 from lightning_modules.draws import SampleDraws
 from lightning_modules.settings import ADAPTERS, TABLE_5, FlexSettings, OptimizerSettings, TargetSettings
+from lightning_modules.sharding import GatherDtype
 from lightning_modules.students import make_student
 from lightning_modules.timestep_ranges import parse_ranges
 
@@ -45,6 +46,8 @@ class Distillation(DiffusionModule):
         patch_size_weights: how often each weak patch size is drawn, relative to the others; null: equally often.
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
+        gather_dtype: of sharded weights (fsdp.yaml) while they are used: "float32", as one process has them, or
+            "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
     """
@@ -59,6 +62,7 @@ class Distillation(DiffusionModule):
         patch_size_weights: dict[str, float] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -69,6 +73,7 @@ class Distillation(DiffusionModule):
             patch_size_weights=patch_size_weights,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
+            gather_dtype=gather_dtype,
             vae=vae,
             seed=seed,
         )

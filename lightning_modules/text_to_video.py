@@ -6,6 +6,7 @@ from flexidit.config import DiTConfig
 from flexidit.models import FlexiTransformer
 from lightning_modules.distillation import Distillation
 from lightning_modules.settings import TABLE_5, FlexSettings, OptimizerSettings, TargetSettings
+from lightning_modules.sharding import GatherDtype
 
 VIDEO_ADAPTERS = FlexSettings(patch_sizes=["2x2x2", "1x4x4"], recipe="lora", rank=64)
 """The temporal and the spatial weak mode with the adapters of Table 5. As a default value, so that a config may change
@@ -33,6 +34,7 @@ class TextToVideo(Distillation):
         patch_size_weights: dict[str, float] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -45,6 +47,7 @@ class TextToVideo(Distillation):
             patch_size_weights=patch_size_weights,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
+            gather_dtype=gather_dtype,
             vae=vae,
             seed=seed,
         )
