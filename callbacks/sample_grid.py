@@ -138,7 +138,10 @@ class SampleGrid(Callback):
         found = schedules_of(model, *args)
         if len({candidate.series for candidate in found}) == 1:
             return found
-        return list({str(candidate.schedule): candidate for candidate in reversed(found)}.values())[::-1]
+        first: dict[str, Candidate] = {}
+        for candidate in found:
+            first.setdefault(str(candidate.schedule), candidate)
+        return list(first.values())
 
     def _columns(self, trainer: Trainer, model: Any) -> tuple[torch.Tensor, ClassLabels | Prompts]:
         """Which of the conditions stand in the columns, (K,), and those conditions, the same at every call."""

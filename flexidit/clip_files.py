@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CLIP_FORMATS = ("mp4", "gif")
+_COLOURS = {"colorspace": 1, "color_primaries": 1, "color_trc": 1, "color_range": 1}
+"""BT.709 in the range of television, and said so: players guess otherwise, and small and large clips differ in hue."""
 _QUALITY = "16"  # x264's constant rate factor: 0 is lossless, from about 17 on one can tell
 
 
@@ -47,8 +49,11 @@ def encode_mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": _QUALITY}
+        for name, value in _COLOURS.items():
+            setattr(stream.codec_context, name, value)
         for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_image(_padded(frame, (width, height)))))
+            picture = av.VideoFrame.from_image(_padded(frame, (width, height)))
+            file.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")))
         file.mux(stream.encode(None))
     return buffer.getvalue()
 

@@ -175,7 +175,8 @@ class Evaluation:
             for own, (features, _) in zip(statistics, self._compared, strict=True):
                 own.update(features(batch.pixels))
             for judge in judges:
-                for name, tally in judge(batch.pixels, conditions.wanted(batch.indices)).items():
+                wanted = conditions.wanted(batch.indices) if getattr(judge, "reads_wanted", True) else []
+                for name, tally in judge(batch.pixels, wanted).items():
                     tallies[name] += tally
         all_seconds, all_sampled = _sum_over_ranks(seconds, num_sampled)
         cost = cost_per_image(self.model, candidate.schedule, self.settings)

@@ -147,6 +147,8 @@ class ClipMotion:
     """
 
     measures = ("flicker", "smoothness")
+    reads_wanted = False
+    """Embedded captions, whose texts nobody knows, will do."""
 
     def __init__(self, interpolate: Interpolator | None = None, description: str = "smoothness by averages") -> None:
         self.interpolate, self.description = interpolate, description

@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader
 from callbacks.ema import EMA
 from callbacks.fid_flops import FIDFlops, scalars
 from datamodules.captioned_digits import CaptionedDigitsDataModule
+from datamodules.moving_digits import MovingDigitsDataModule
 from flexidit import create_model, flexify
 from flexidit.latents import PixelCodec
 from flexidit.metrics import digit_classifier
+from flexidit.metrics.clip_features import ClipFeatures, FrameFeatures
 from flexidit.metrics.curve_points import CurvePoint, read_csv
 from flexidit.metrics.digit_classifier import DigitClassifier
 from flexidit.metrics.frechet import FeatureStatistics
@@ -176,6 +178,47 @@ def test_captions_are_those_of_validation_or_prompts(tmp_path: Path) -> None:
         conditions.append(points[0].conditions)
     assert conditions[0].startswith("CaptionedDigitsDataModule val (8 prompts")
     assert conditions[1].startswith("prompts (2 prompts")
+
+
+class Video(LightningModule):
+    """A tiny flexible model of clips of captions, with two weak modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        target = create_model("VideoDiT-Tiny", input_size=(4, 12, 12), depth=1, hidden_size=16, num_heads=2)
+        self.model = flexify(target, ["1x4x4", "2x2x2"], recipe="lora", rank=2)
+        for parameter in self.model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        self.codec = PixelCodec(1)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        pass
+
+
+def test_clips_are_measured_in_each_mode_and_in_mixtures(tmp_path: Path) -> None:
+    over_clips, of_frames = ClipFeatures(Corner(), 2), FrameFeatures(Corner())
+    mixtures = ["1x4x4:1,2x2x2:1,1x2x2:2", "2x2x2:1,1x4x4:1,1x2x2:2"]
+    modes = {"weak_patch_size": ["1x4x4", "2x2x2"], "schedules": mixtures, "frame_features": of_frames}
+    callback = FIDFlops(over_clips, budgets=(1.0, 0.7), num_samples=5, num_sampling_steps=4, batch_size=5, **modes)
+    trainer = make_trainer(tmp_path, callback)
+    data = MovingDigitsDataModule(canvas_size=12, num_frames=4, batch_size=64)
+    (results,) = trainer.validate(Video(), datamodule=data, verbose=False)
+    points = points_in(tmp_path)
+    assert [p.series for p in points] == ["weak first 1x4x4"] * 2 + ["weak first 2x2x2"] * 2 + ["mixture"] * 2
+    assert points[0].frechet == points[2].frechet and points[0].seconds_per_image == points[2].seconds_per_image
+    cost = f"{points[-1].budget:g}"
+    names = {"@1", "_1x4x4@0.7", "_2x2x2@0.7", f"_mixture@{cost}", f"_mixture2@{cost}"}
+    fields = ("val/fid", "val/fid_frames", "val/flicker", "val/smoothness", "flops/relative")
+    assert set(results) == {f"{field}{name}" for field in fields for name in names}
+    assert results[f"val/fid_mixture2@{cost}"] == pytest.approx(points[-1].frechet)
+    assert results["val/flicker_2x2x2@0.7"] == pytest.approx(points[3].flicker)
+
+
+def test_statistics_of_frames_are_not_those_of_clips() -> None:
+    features = {"features": ClipFeatures(Corner()), "frame_features": FrameFeatures(Corner())}
+    with pytest.raises(ValueError, match="give frame_reference beside reference"):
+        FIDFlops(**features, reference="clips.npz")
 
 
 class RawData(Data):

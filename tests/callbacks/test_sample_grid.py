@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from callbacks.ema import EMA
 from callbacks.sample_grid import SampleGrid
 from datamodules.captioned_digits import CaptionedDigitsDataModule
+from datamodules.moving_digits import MovingDigitsDataModule
 from flexidit import create_model, flexify
 from flexidit.latents import PixelCodec
 
@@ -175,3 +176,43 @@ def test_the_picture_shows_the_samples(tmp_path: Path) -> None:
         picture = np.asarray(file)[:, :, 0]
     windows = np.lib.stride_tricks.sliding_window_view(picture, levels.shape)
     assert (windows[::1] == levels).all(axis=(2, 3)).any()
+
+
+class VideoToy(LightningModule):
+    """A tiny model of clips of captions with two weak modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        target = create_model("VideoDiT-Tiny", input_size=(4, 16, 16), depth=1, hidden_size=16, num_heads=2)
+        for parameter in target.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        self.model = flexify(target, patch_sizes=["1x4x4", "2x2x2"], recipe="lora", rank=2)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.3)
+        self.codec = PixelCodec(1)
+
+
+def test_clips_have_rows_for_each_mode_and_mixture(tmp_path: Path) -> None:
+    modes = {"weak_patch_size": ["1x4x4", "2x2x2"], "schedules": ["1x4x4:1,2x2x2:1,1x2x2:1"]}
+    callback = grid(budgets=(1.0, 0.8), num_sampling_steps=3, prompts=["a bold seven moving left"], **modes)
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    trainer.datamodule = MovingDigitsDataModule(num_frames=4)  # type: ignore[attr-defined]
+    rows = callback.sample_rows(trainer, VideoToy())
+    labels = ["budget 1", "budget 0.8, 1x4x4", "budget 0.8, 2x2x2", "1x4x4:1,2x2x2:1,1x2x2:1"]
+    assert [row.label for row in rows] == labels
+    assert all(row.samples.shape == (1, 1, 4, 16, 16) for row in rows)
+    assert len({float(row.samples.sum()) for row in rows}) == 4
+
+
+def test_clips_are_written_as_pictures_and_animations(tmp_path: Path) -> None:
+    callback = grid(num_columns=3)
+    trainer = Trainer(default_root_dir=tmp_path, logger=TensorBoardLogger(tmp_path), accelerator="cpu")
+    trainer.datamodule = MovingDigitsDataModule(num_frames=4)  # type: ignore[attr-defined]
+    callback.draw(trainer, VideoToy())
+    assert sorted(file.suffix for file in tmp_path.rglob("samples/*")) == [".gif", ".png"]
+    events = EventAccumulator(str(next(tmp_path.rglob("events*")).parent)).Reload()
+    assert events.Tags()["images"] == ["samples", "clips"]
+    with Image.open(next(tmp_path.rglob("*.gif"))) as animation:
+        assert animation.n_frames == 4

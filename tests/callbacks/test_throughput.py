@@ -91,6 +91,22 @@ def test_a_module_without_flops_gets_images_only(tmp_path: Path) -> None:
     assert list(callback.last) == ["throughput/images_per_s"]
 
 
+def test_clips_are_called_clips(tmp_path: Path, module: Toy) -> None:
+    class Video(Toy):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.step_flops = 1_000_000_000
+            module.seconds += 0.01  # its clock is the one that is read
+            return self.net(batch.mean((1, 2, 3, 4))[:, None]).mean()
+
+    callback = Throughput(every_n_steps=5)
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", devices=1, max_epochs=1, logger=False,
+                      callbacks=[callback], enable_progress_bar=False, enable_model_summary=False,
+                      enable_checkpointing=False)  # fmt: skip
+    trainer.fit(Video(), DataLoader(torch.zeros(40, 1, 2, 4, 4), batch_size=4))
+    assert callback.last["throughput/clips_per_s"] == pytest.approx(400.0)
+    assert "throughput/images_per_s" not in callback.last
+
+
 def test_peaks_are_dense_and_names_are_whole_words() -> None:
     assert peak_bf16_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_bf16_flops("NVIDIA A10") == 125e12

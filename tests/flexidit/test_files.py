@@ -29,3 +29,9 @@ def test_nobody_sees_a_part(tmp_path: Path) -> None:
         assert not path.exists()
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_names_as_long_as_a_file_system_takes_them(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 251 + ".mp4")
+    write_atomically(path, b"clip")
+    assert path.read_bytes() == b"clip" and list(tmp_path.iterdir()) == [path]

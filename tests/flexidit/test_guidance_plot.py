@@ -43,3 +43,17 @@ def test_series_of_a_sweep_differ_in_their_dashes(swept: list[CurvePoint]) -> No
     figure = guidance_figure([*swept, *(replace(point, series="weak last") for point in swept)])
     assert {line.get_linestyle() for line in figure.axes[0].get_lines()} == {"-", "--"}
     assert "solid: weak first" in texts(figure) and "dashed: weak last" in texts(figure)
+
+
+def test_modes_of_a_sweep_are_told_apart(swept: list[CurvePoint]) -> None:
+    modes = [replace(p, series=f"weak first {size}") for size in ("1x4x4", "2x2x2") for p in swept]
+    figure = guidance_figure([*modes, *(replace(p, series="weak last") for p in swept)])
+    assert len({line.get_linestyle() for line in figure.axes[0].get_lines()}) == 3
+    assert "weak first 2x2x2" in texts(figure)
+
+
+def test_mixtures_of_equal_cost_are_lines_of_their_own(swept: list[CurvePoint]) -> None:
+    both = [
+        replace(p, series="mixture", schedule=text) for text in ("1x4x4:1,2x2x2:1", "2x2x2:1,1x4x4:1") for p in swept
+    ]
+    assert len(guidance_figure(both).axes[0].get_lines()) == 2 * len({p.budget for p in swept})

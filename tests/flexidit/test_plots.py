@@ -92,3 +92,41 @@ def test_time_is_an_axis_too(points: list[CurvePoint]) -> None:
     (axes,) = curve_figure(slow, against="time").axes
     assert axes.get_lines()[0].get_xdata().tolist() == pytest.approx([0.8, 2.05])
     assert "cpu, float32, batch 8" in axes.get_xlabel()
+
+
+@pytest.fixture
+def clips(points: list[CurvePoint]) -> list[CurvePoint]:
+    """Two weak modes and two mixtures of a model of clips, with all that is measured of clips."""
+    first = replace(points[0], sample="clip", agreement=0.5, frechet_frames=1.0, flicker=0.9, smoothness=0.95)
+    return [
+        *(replace(first, series=f"weak first {name}", budget=b, relative_flops=b, schedule=f"{name}:{b}", frechet=2 / b)
+          for name in ("1x4x4", "2x2x2") for b in (1.0, 0.6)),
+        *(replace(first, series="mixture", budget=0.5, relative_flops=0.5, schedule=name, frechet=5.0 + place)
+          for place, name in enumerate(("1x4x4:2,2x2x2:2", "2x2x2:2,1x4x4:2"))),
+    ]  # fmt: skip
+
+
+def test_modes_are_lines_and_mixtures_are_spots(clips: list[CurvePoint]) -> None:
+    axes = curve_figure(clips).axes[0]
+    first, second, mixtures = axes.get_lines()
+    assert first.get_color() != second.get_color() and first.get_linestyle() == second.get_linestyle() == "-"
+    assert mixtures.get_linestyle() == "None" and sorted(mixtures.get_ydata().tolist()) == [5.0, 6.0]
+    assert {"weak first 1x4x4", "weak first 2x2x2", "mixture"} <= {text.get_text() for text in axes.texts}
+
+
+def test_clips_have_panels_in_two_rows_and_are_called_clips(clips: list[CurvePoint]) -> None:
+    figure = curve_figure(clips, against="time")
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert len(labels) == 5 and "frames" in labels[2] and "flicker" in labels[3] and "smoothness" in labels[4]
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert len({box.y0 for box in boxes}) == 2
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    shown = [axes.get_xlabel() for axes in figure.axes] + [text.get_text() for text in figure.texts]
+    assert all("seconds a clip" in text for text in shown[:5]) and not any("image" in text for text in shown)
+
+
+def test_large_distances_fit_into_the_margin(points: list[CurvePoint]) -> None:
+    figure = curve_figure([replace(point, frechet=50_000 * point.frechet) for point in points])
+    figure.canvas.draw()  # type: ignore[attr-defined]
+    (axes,) = figure.axes
+    assert axes.yaxis.get_tightbbox().x0 > 0

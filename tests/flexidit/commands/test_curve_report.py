@@ -80,3 +80,20 @@ def test_the_page_holds_everything(floor: float | None, tmp_path: Path) -> None:
     assert all(f"<td>{cell}</td>" in page for row in table_rows(POINTS) for cell in row)
     assert Image.open(tmp_path / "curve.png").size == Image.open(tmp_path / "latency.png").size
     assert (tmp_path / "curve.png").read_bytes() != (tmp_path / "latency.png").read_bytes()
+
+
+def test_clips_are_called_clips_and_mixtures_say_their_schedule() -> None:
+    clip = replace(point(0.5, 3.0, 0), sample="clip")
+    mixed = [replace(clip, series="mixture", schedule=text) for text in ("1x4x4:2,2x2x2:2", "2x2x2:2,1x4x4:2")]
+    assert "schedule" not in table_headings([clip])
+    headings = table_headings([clip, *mixed])
+    assert {"schedule", "GFLOPs a clip", "seconds a clip"} <= set(headings) and "image" not in "".join(headings)
+    rows = list(table_rows([clip, *mixed]))
+    assert [row[headings.index("schedule")] for row in rows] == ["1x2x2:4", *(one.schedule for one in mixed)]
+
+
+def test_the_page_of_clips_speaks_of_clips(tmp_path: Path) -> None:
+    clips = [replace(point(budget, 3.0, 0), sample="clip", reference="c", evaluator="e") for budget in (1.0, 0.5)]
+    write_report(tmp_path, {"settings": {}, "floor": 0.5, "notes": []}, clips)
+    text = (tmp_path / "curve.html").read_text().replace("data:image/png", "")
+    assert "Real clips against the reference: 0.500." in text and "image" not in text

@@ -167,6 +167,16 @@ def test_an_interrupted_curve_continues(tmp_path: Path) -> None:
     assert third.features.seen == 7
 
 
+def test_lines_that_meet_are_measured_once() -> None:
+    evaluation = make_evaluation()
+    both = [replace(c, series=name) for name in ("one", "other") for c in candidates(evaluation.model, [1.0, 0.6], 5)]
+    evaluation.features.seen = 0
+    points = list(evaluation.curve(both))
+    assert evaluation.features.seen == 2 * 7 and [point.series for point in points] == ["one"] * 2 + ["other"] * 2
+    assert [replace(point, series="one") for point in points[2:]] == points[:2]
+    assert {point.sample for point in points} == {"image"}
+
+
 def test_a_reference_in_other_features_is_refused() -> None:
     evaluation = make_evaluation()
     statistics = replace(evaluation.reference.statistics, fingerprint="inception/1")

@@ -12,7 +12,7 @@ from flexidit.digit_images import load_digit_images
 from flexidit.draws import Draw
 from flexidit.metrics.clip_motion import motion_smoothness, temporal_flicker
 from flexidit.metrics.digit_attributes import Count, agreement, real_captions
-from flexidit.metrics.judges import ClassAccuracy, ClipMotion, DigitAgreement, MovingDigitAgreement, Tally
+from flexidit.metrics.judges import ClassAccuracy, ClipMotion, DigitAgreement, EachFrame, MovingDigitAgreement, Tally
 from flexidit.metrics.moving_digits import agreement as moving_agreement
 from flexidit.metrics.moving_digits import moving_digits_in
 from flexidit.moving_captions import MovingDigit, moving_caption_of
@@ -102,3 +102,14 @@ def test_another_interpolator_judges_otherwise() -> None:
     first = ClipMotion(lambda before, after: before, "the frame before")(x, captions)
     assert first["smoothness"].mean < ClipMotion()(x, captions)["smoothness"].mean
     assert first["flicker"] == ClipMotion()(x, captions)["flicker"]
+
+
+def test_frames_are_judged_as_images_are() -> None:
+    def classify(pixels: Tensor) -> Tensor:
+        return torch.stack([pixels.mean((1, 2, 3)), -pixels.mean((1, 2, 3))], dim=1)
+
+    judge, clips, labels = ClassAccuracy(classify, "a judge"), torch.randn(5, 1, 4, 3, 3), torch.tensor([0, 1, 0, 1, 1])
+    each = EachFrame(judge)
+    frames = [judge(clips[:, :, frame], labels)["accuracy"] for frame in range(4)]
+    assert each(clips, labels)["accuracy"] == sum(frames, Tally())
+    assert each.measures == judge.measures and each.description != judge.description
