@@ -14,7 +14,8 @@ from torch import nn
 
 from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
-from flexidit.metrics.curve import Evaluation, Reference, SamplingSettings, candidates, reference_of
+from flexidit.metrics.curve import Evaluation, Reference, SamplingSettings, reference_of
+from flexidit.metrics.curve_candidates import candidates
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.features import FeatureExtractor
 from flexidit.metrics.prompts import ClassLabels, Prompts, read_prompts
@@ -42,7 +43,7 @@ class FIDFlops(Callback):
         num_samples: Samples per budget. A Frechet distance falls with their number: compare at equal numbers only.
         every_n_validations: Measure after every so many validations of a fit; null: at its end only.
         batch_size: Samples in one forward pass (twice as many sequences with guidance).
-        solver: See ``flexidit.Sampler``.
+        solver: See ``flexidit.Sampler``; null: the first one for the model's process.
         num_sampling_steps: Denoising steps of every budget.
         cfg_scale: Guidance; 1: none.
         guidance_channels: Guide only the first so many latent channels; null: all.
@@ -64,7 +65,7 @@ class FIDFlops(Callback):
         num_samples: int = 10_000,
         every_n_validations: int | None = None,
         batch_size: int = 64,
-        solver: str = "ddpm",
+        solver: str | None = None,
         num_sampling_steps: int = 250,
         cfg_scale: float = 1.5,
         guidance_channels: int | None = None,

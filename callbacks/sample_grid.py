@@ -13,7 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
-from flexidit.metrics.curve import SamplingSettings, candidates, cost_per_image, full_cost_per_image, make_sampler
+from flexidit.metrics.curve import SamplingSettings, cost_per_image, full_cost_per_image, make_sampler
+from flexidit.metrics.curve_candidates import candidates
+from flexidit.metrics.curve_samples import solver_name
 from flexidit.metrics.prompts import ClassLabels, Prompts
 from flexidit.pictures import GridRow, draw_grid
 
@@ -38,7 +40,7 @@ class SampleGrid(Callback):
             data.
         num_columns: Number of columns if neither of both is given.
         num_per_class: Samples of each of these labels or captions.
-        solver: See ``flexidit.Sampler``.
+        solver: See ``flexidit.Sampler``; null: the first one for the model's process.
         num_sampling_steps: Denoising steps of every row.
         cfg_scale: Guidance; 1: none.
         guidance_channels: Guide only the first so many latent channels; null: all.
@@ -54,7 +56,7 @@ class SampleGrid(Callback):
         classes: Sequence[int] | None = None,
         num_columns: int = 8,
         num_per_class: int = 1,
-        solver: str = "ddpm",
+        solver: str | None = None,
         num_sampling_steps: int = 50,
         cfg_scale: float = 1.5,
         guidance_channels: int | None = None,
@@ -101,7 +103,8 @@ class SampleGrid(Callback):
         rows = self.sample_rows(trainer, pl_module)
         folder = log_directory(trainer) / "samples"
         if trainer.is_global_zero:
-            how = f"{self.settings.solver}, {self.num_sampling_steps} steps, guidance {self.settings.cfg_scale:g}"
+            solver = solver_name(model_of(pl_module), self.settings)
+            how = f"{solver}, {self.num_sampling_steps} steps, guidance {self.settings.cfg_scale:g}"
             title = f"step {step}: {how}, seed {self.settings.seed}"
             picture = draw_grid(rows, title, self._column_names())
             folder.mkdir(parents=True, exist_ok=True)

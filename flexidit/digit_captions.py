@@ -23,6 +23,8 @@ _SYNONYMS = {
     "thick": "bold",
     "heavy": "bold",
     "straight": "upright",
+    "forward": "right",  # as one writes
+    "backward": "left",
     "small": "narrow",
     "large": "wide",
     "big": "wide",

@@ -4,13 +4,13 @@ A counter-based generator (Philox) is keyed instead of advanced: what a sample r
 on the order of reading, on the worker that read it, on the rank, or on where a run was interrupted.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_FLIP, _NOISE, _CHOICE, _START = 0, 1, 2, 3  # independent streams of one sample
+_FLIP, _NOISE, _CHOICE, _UNIFORM, _START = range(5)  # independent streams of one sample
 
 
 class Draw(NamedTuple):
@@ -47,6 +47,11 @@ def draw_noise(seed: int, draw: Draw, shape: tuple[int, ...]) -> Tensor:
 def draw_choice(seed: int, draw: Draw, count: int) -> int:
     """Which of ``count`` things (captions of an image) this sample uses in this epoch: each is as likely."""
     return int(_generator(seed, draw, _CHOICE).integers(count))
+
+
+def draw_uniform(seed: int, draw: Draw, count: int) -> "np.ndarray[Any, Any]":
+    """So many numbers from [0, 1) for this sample in this epoch, float64; fewer are the first ones of more."""
+    return _generator(seed, draw, _UNIFORM).random(count)
 
 
 def draw_start(seed: int, draw: Draw) -> float:

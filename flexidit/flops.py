@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from flexidit.config import DiTConfig, TextDiTConfig, TransformerConfig
+from flexidit.config import CaptionedConfig, DiTConfig, TextDiTConfig, TransformerConfig, WanConfig
 from flexidit.patch_size import PatchSize, PatchSizeLike
 from flexidit.sampling.schedule import Order, PatchSchedule
 from flexidit.token_layout import BlockWork
@@ -275,16 +275,18 @@ def _dit_block(config: DiTConfig, work: BlockWork) -> int:
     return _linear(1, config.hidden_size, 6 * config.hidden_size)  # adaLN: one row per sequence
 
 
-@_ends.register
-def _text_dit_ends(config: TextDiTConfig, num_tokens: int, patch_size: PatchSize) -> int:
+@_ends.register(WanConfig)
+@_ends.register(TextDiTConfig)
+def _captioned_ends(config: TextDiTConfig | WanConfig, num_tokens: int, patch_size: PatchSize) -> int:
     width = config.hidden_size
-    modulation = _linear(1, width, 6 * width)  # adaLN-single: once for all blocks
-    image_size = _embedded(3, width // 3) if config.micro_conditions else 0  # height, width and their ratio
-    return _tokens_in_and_out(config, num_tokens, patch_size) + _embedded(1, width) + modulation + image_size
+    time = _embedded(1, width) + _linear(1, width, 6 * width)  # modulation: once for all blocks
+    if isinstance(config, TextDiTConfig) and config.micro_conditions:
+        time += _embedded(3, width // 3)  # height, width and their ratio
+    return _tokens_in_and_out(config, num_tokens, patch_size) + time
 
 
 @_block.register
-def _text_dit_block(config: TextDiTConfig, work: BlockWork) -> int:
+def _captioned_block(config: CaptionedConfig, work: BlockWork) -> int:
     """Cross-attention: queries, scores, output."""
     width = config.hidden_size
     return 2 * _linear(work.num_tokens, width, width) + _attention(work.num_tokens, config.caption_length, width)
@@ -292,7 +294,7 @@ def _text_dit_block(config: TextDiTConfig, work: BlockWork) -> int:
 
 def _caption_ends(config: object) -> int:
     """Projection of a caption to the model's width."""
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         return 0
     length, width = config.caption_length, config.hidden_size
     return _linear(length, config.caption_channels, width) + _linear(length, width, width)
@@ -300,7 +302,7 @@ def _caption_ends(config: object) -> int:
 
 def _caption_blocks(config: object) -> int:
     """Keys and values of a caption in all blocks."""
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         return 0
     return config.depth * _linear(config.caption_length, config.hidden_size, 2 * config.hidden_size)
 
@@ -320,11 +322,18 @@ def _embedded(count: int, width: int) -> int:
 
 def _transformer_block(config: TransformerConfig, work: BlockWork, rank: int) -> int:
     """Self-attention and MLP, for one sequence; the layers that adapters of this rank are attached to."""
-    width, mlp_width = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-    layers = [(width, 3 * width), (width, width), (width, mlp_width), (mlp_width, width)]  # qkv, proj, fc1, fc2
-    return sum(
-        _linear(work.num_tokens, *layer) + _adapter(work.num_tokens, rank, *layer) for layer in layers
-    ) + _attention(work.num_tokens, work.num_keys, width)
+    rows, layers = work.num_tokens, _adapted_layers(config)
+    linear = sum(_linear(rows, *layer) + _adapter(rows, rank, *layer) for layer in layers)
+    return linear + _attention(work.num_tokens, work.num_keys, config.hidden_size)
+
+
+def _adapted_layers(config: TransformerConfig) -> list[tuple[int, int]]:
+    """Widths in and out of the linear layers of self-attention and perceptron."""
+    width, mlp_width = config.hidden_size, config.mlp_width
+    if isinstance(config, WanConfig):
+        return [(width, width)] * 4 + [(width, mlp_width), (mlp_width, width)]  # q, k, v, o, ffn.0, ffn.2
+    gates = mlp_width if isinstance(config, TextDiTConfig) and config.mlp == "swiglu" else 0
+    return [(width, 3 * width), (width, width), (width, mlp_width + gates), (mlp_width, width)]  # qkv, proj, fc1, fc2
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:

@@ -14,12 +14,13 @@ Shape legend: N sequences of a segment, M of all, T tokens of a sequence, S of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers.mlp import GluMlp
 from timm.layers.mlp import Mlp as PlainMlp
 from torch import Tensor, nn
 
@@ -34,6 +35,11 @@ Masks = Sequence[Tensor | None]
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Per-sample affine map of the tokens: (N, T, D), (N, D), (N, D) -> (N, T, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def at_least(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as it is, or widened to a floating-point type that holds more."""
+    return x.to(torch.promote_types(x.dtype, dtype))
 
 
 def adapted_linear(layer: Any, x: Tensor, patch_size: PatchSize) -> Tensor:
@@ -104,6 +110,26 @@ def _block_diagonal(blocks: Sequence[int], device: torch.device) -> Tensor:
     return torch.block_diag(*[torch.ones(n, n, dtype=torch.bool, device=device) for n in blocks])
 
 
+def in_rows(
+    attend: Callable[..., Tensor], inputs: Sequence[Sequence[Tensor]], layout: TokenLayout, masks: Masks
+) -> list[Tensor]:
+    """Self-attention of all segments, row by row: (N, T, D) each.
+
+    Args:
+        attend: takes the inputs of equal rows, (rows, L, ...) each, and their mask: -> (rows, L, D).
+        inputs: such as queries, keys and values, each (N, T, ...) for every segment.
+    """
+    out: dict[int, Tensor] = {}
+    for rows, mask in zip(layout.rows, masks, strict=True):
+        shapes = {i: inputs[0][i].shape[:2] for i in rows.segments}
+        parts = [[own[i].reshape(rows.num_rows, -1, *own[i].shape[2:]) for i in rows.segments] for own in inputs]
+        x = attend(*[own[0] if len(own) == 1 else torch.cat(own, dim=1) for own in parts], mask)  # (rows, L, D)
+        lengths = [part.shape[1] for part in parts[0]]
+        for (i, shape), part in zip(shapes.items(), x.split(lengths, dim=1), strict=True):
+            out[i] = part.reshape(*shape, -1)
+    return [out[i] for i in range(len(layout.segments))]
+
+
 class SizeNorm(nn.Module):
     """Layer norm, plain at the base patch size; other sizes may have a scale and a shift (paper, section 3.1).
 
@@ -123,8 +149,8 @@ class SizeNorm(nn.Module):
 
     def forward(self, x: Tensor, *, patch_size: PatchSize) -> Tensor:
         name = patch_size.name
-        scale = self.scale[name] if name in self.scale else None
-        shift = self.shift[name] if name in self.shift else None
+        scale = at_least(self.scale[name], x.dtype) if name in self.scale else None
+        shift = at_least(self.shift[name], x.dtype) if name in self.shift else None
         return F.layer_norm(x, (self.hidden_size,), scale, shift, self.eps)
 
     def extra_repr(self) -> str:
@@ -145,31 +171,37 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, layout: TokenLayout, masks: Masks) -> Tensor:
         qkv = split_tokens(joint_linear(self.qkv, x, layout), layout)  # (N, T, 3 * D) each
-        out = list(qkv)
-        for rows, mask in zip(layout.rows, masks, strict=True):
-            parts = [qkv[i].reshape(rows.num_rows, -1, qkv[i].shape[2]) for i in rows.segments]  # (rows, tokens, 3 * D)
-            for i, part in zip(rows.segments, self._attend(parts, mask), strict=True):
-                out[i] = part.reshape(*qkv[i].shape[:2], -1)  # (N, T, D)
-        return joint_linear(self.proj, join_tokens(out), layout)
+        attended = in_rows(self._attend, [qkv], layout, masks)  # (N, T, D) each
+        return joint_linear(self.proj, join_tokens(attended), layout)
 
-    def _attend(self, parts: list[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
-        """Queries, keys and values that lie side by side in the same rows: (rows, tokens, 3 * D) -> same, D, each."""
-        qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    def _attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """(rows, L, 3 * D) -> (rows, L, D)."""
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (rows, heads, L, D / heads) each
         q, k = self.q_norm(q), self.k_norm(k)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)  # (rows, L, D)
-        return [x] if len(parts) == 1 else x.split([part.shape[1] for part in parts], dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class Mlp(PlainMlp):
     """timm's two-layer perceptron with tanh GELU, its linear layers adapted per patch size: same shape in and out."""
 
-    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, mlp_width: int) -> None:
         gelu: Any = partial(nn.GELU, approximate="tanh")
-        super().__init__(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
+        super().__init__(hidden_size, mlp_width, act_layer=gelu)
 
     def forward(self, x: Tensor, *, layout: TokenLayout) -> Tensor:  # type: ignore[override]
         return joint_linear(self.fc2, self.act(joint_linear(self.fc1, x, layout)), layout)
+
+
+class GatedMlp(GluMlp):
+    """timm's perceptron gated by a SiLU ("SwiGLU", Shazeer 2020), likewise; ``fc1`` makes gate and value at once."""
+
+    def __init__(self, hidden_size: int, mlp_width: int) -> None:
+        silu: Any = nn.SiLU
+        super().__init__(hidden_size, 2 * mlp_width, act_layer=silu, gate_last=False)
+
+    def forward(self, x: Tensor, *, layout: TokenLayout) -> Tensor:  # type: ignore[override]
+        gate, value = joint_linear(self.fc1, x, layout).chunk(2, dim=-1)  # (N, T, mlp_width) each, or joined
+        return joint_linear(self.fc2, self.act(gate) * value, layout)
 
 
 class TimestepEmbedder(nn.Module):
@@ -188,13 +220,18 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(self.features(t).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
     def features(self, t: Tensor) -> Tensor:
-        """Cosines, then sines, in float32: (N,) -> (N, 256)."""
-        half = self.num_features // 2
-        index = torch.arange(half, dtype=torch.float32, device=t.device)
-        # In this order of operations, as DiT: at t = 999 one rounding more moves the phase by 1e-5.
-        frequencies = torch.exp(-math.log(10000.0) * index / (half - self.frequency_shift))
-        angles = t.float().unsqueeze(1) * frequencies
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        """(N,) -> (N, 256)."""
+        return timestep_features(t, self.num_features, self.frequency_shift)
+
+
+def timestep_features(t: Tensor, num_features: int = 256, frequency_shift: int = 0) -> Tensor:
+    """Cosines, then sines, in float32: (N,) -> (N, num_features); see :class:`TimestepEmbedder`."""
+    half = num_features // 2
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    # In this order of operations, as DiT: at t = 999 one rounding more moves the phase by 1e-5.
+    frequencies = torch.exp(-math.log(10000.0) * index / (half - frequency_shift))
+    angles = t.float().unsqueeze(1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class LabelEmbedder(nn.Module):
@@ -214,12 +251,12 @@ class DiTBlock(nn.Module):
     (N, T, D), (N, D) -> (N, T, D) for one segment; joined, (S, D), (M, D) -> (S, D) for several.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float = 1e-6) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_width: int, mlp_norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.norm1 = SizeNorm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = SizeNorm(hidden_size, mlp_norm_eps)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = Mlp(hidden_size, mlp_width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, *, layout: TokenLayout, masks: Masks) -> Tensor:

@@ -23,19 +23,17 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="FlexiTransformer")
 
-ADAPTED_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""Self-attention and feed-forward; cross-attention stays as it is (paper, Fig. 5 and appendix C.2)."""
 
-
-def add_adapters(blocks: nn.Module, patch_sizes: Sequence[PatchSize], *, rank: int, alpha: float) -> None:
-    """Attach one trainable adapter per patch size to the blocks' linear layers; whatever was trainable is frozen.
+def add_adapters(model: FlexiTransformer, patch_sizes: Sequence[PatchSize], *, rank: int, alpha: float) -> None:
+    """Attach one trainable adapter per patch size to the family's ``adapted_layers``; these layers are frozen.
 
     Raises:
         ValueError: a rank below one.
     """
     if rank < 1:
         raise ValueError(f"the rank of an adapter is at least 1, got {rank}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(ADAPTED_LAYERS), lora_dropout=0.0)  # type: ignore[arg-type]
+    blocks, targets = model.blocks, list(model.adapted_layers)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)  # type: ignore[arg-type]
     for size in patch_sizes:
         inject_adapter_in_model(config, blocks, adapter_name=size.name)
     for layer in adapted_layers(blocks):
@@ -64,19 +62,19 @@ def merged_copy(student: Model, patch_size: PatchSizeLike) -> Model:
         raise ValueError(f"patch size {size.name} of this model has no adapter to merge")
     merged = copy.deepcopy(student)
     _merge_layers(merged, size.name)
-    embed, own = merged.x_embedder.per_size[size.name], merged.final_layer.linear.per_size[size.name]
+    embed, own = merged.embedding.per_size[size.name], merged.unembedding.per_size[size.name]
     assert isinstance(embed, nn.Conv2d | nn.Conv3d) and embed.bias is not None and isinstance(own, nn.Linear)
     embed.bias.add_(merged.size_embedder[size.name])
-    merged.x_embedder.proj = embed
-    merged.final_layer.linear.weight = nn.Parameter(own.weight)
-    merged.final_layer.linear.bias = nn.Parameter(own.bias)
-    for layer in (merged.x_embedder, merged.final_layer.linear):
+    merged.embedding.proj = embed
+    merged.unembedding.weight = nn.Parameter(own.weight)
+    merged.unembedding.bias = nn.Parameter(own.bias)
+    for layer in (merged.embedding, merged.unembedding):
         layer.per_size, layer.patch_size = nn.ModuleDict(), size
     merged.size_embedder = nn.ParameterDict()
     for weak in flex.weak_patch_sizes:
         merged._buffers.pop(f"pos_embed_{weak.name}", None)
-    if student.config.computes_positions:
-        merged.pos_embed = nn.Parameter(student.positions(size, student.input_size).clone(), requires_grad=False)
+    for name, table in student.plain_tables(size).items():
+        setattr(merged, name, nn.Parameter(table.clone(), requires_grad=False))
     merged.config = student.config.plain(size)
     return merged.requires_grad_(False)
 

@@ -57,6 +57,11 @@ def pad_to_patches(x: Tensor, patch_size: PatchSize) -> Tensor:
     return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
 
 
+def as_3d(weight: Tensor) -> Tensor:
+    """A kernel (D, C, h, w) -> (D, C, 1, h, w); a 3-D one passes unchanged."""
+    return weight.unsqueeze(2) if weight.dim() == 4 else weight
+
+
 def resize_matrix_1d(old: int, new: int) -> Tensor:
     """Matrix (new, old), float64 on CPU, that resizes a line of ``old`` samples to ``new`` ones.
 
@@ -147,20 +152,18 @@ class PatchEmbed(_FlexiLayer):
 
     def forward(self, x: Tensor, *, patch_size: PatchSize) -> Tensor:
         weight, bias = self.weights(patch_size)
-        stride = patch_size.as_tuple()
-        x = pad_to_patches(as_clip(x), patch_size).to(weight.dtype)  # the diffusion around it may be more precise
-        if x.shape[2] == 1:  # one frame: the 2-D kernel is several times faster than the 3-D one on CPU
-            x = F.conv2d(x.squeeze(2), weight.squeeze(2), bias, stride[1:]).unsqueeze(2)
-        else:
-            x = F.conv3d(x, weight, bias, stride)
-        return x.flatten(2).transpose(1, 2)
+        x = x.to(weight.dtype)  # the diffusion around it may be more precise
+        if self.num_axes == 3:  # two to seven times faster than a 3-D convolution on CPU
+            return F.linear(patchify(x, patch_size), weight.permute(0, 2, 3, 4, 1).flatten(1), bias)
+        x = pad_to_patches(as_clip(x), patch_size).squeeze(2)
+        return F.conv2d(x, weight.squeeze(2), bias, patch_size.as_tuple()[1:]).flatten(2).transpose(1, 2)
 
     def weights(self, patch_size: PatchSize) -> tuple[Tensor, Tensor | None]:
         """Kernel (D, C, t, h, w) and bias (D,) that serve ``patch_size``."""
         if patch_size.name in self.per_size:
             own = cast(nn.Conv2d, self.per_size[patch_size.name])
-            return _as_3d(own.weight), own.bias
-        weight = self._project(_as_3d(self.proj.weight).flatten(2), patch_size)
+            return as_3d(own.weight), own.bias
+        weight = self._project(as_3d(self.proj.weight).flatten(2), patch_size)
         return weight.unflatten(2, patch_size.as_tuple()), self.proj.bias
 
     @torch.no_grad()
@@ -169,7 +172,7 @@ class PatchEmbed(_FlexiLayer):
         old, old_size = self.proj, self.patch_size
         inverse = resize_matrix(underlying, old_size)  # pinv(pinv(R^T)) = R^T
         self.proj = self._kernel(old.in_channels, old.out_channels, underlying).to(old.weight)
-        self.proj.weight.copy_(_matmul64(_as_3d(old.weight).flatten(2), inverse).view_as(self.proj.weight))
+        self.proj.weight.copy_(_matmul64(as_3d(old.weight).flatten(2), inverse).view_as(self.proj.weight))
         _copy_bias(self.proj, old)
         self.patch_size = underlying
         self._serve(patch_sizes)
@@ -178,7 +181,7 @@ class PatchEmbed(_FlexiLayer):
     def add_size(self, patch_size: PatchSize) -> None:
         """Give ``patch_size`` weights of its own, initialised as :meth:`share` would."""
         own = self._kernel(self.proj.in_channels, self.proj.out_channels, patch_size).to(self.proj.weight)
-        weight = _matmul64(_as_3d(self.proj.weight).flatten(2), resize_matrix(patch_size, self.patch_size))
+        weight = _matmul64(as_3d(self.proj.weight).flatten(2), resize_matrix(patch_size, self.patch_size))
         own.weight.copy_(weight.view_as(own.weight))
         _copy_bias(own, self.proj)
         self.per_size[patch_size.name] = own
@@ -235,11 +238,6 @@ class PatchUnembed(_FlexiLayer):
         own.weight.copy_(self._resized_from(self.patch_size, patch_size, self.weight))
         own.bias.copy_(self._resized_from(self.patch_size, patch_size, self.bias))
         self.per_size[patch_size.name] = own
-
-
-def _as_3d(weight: Tensor) -> Tensor:
-    """(D, C, h, w) -> (D, C, 1, h, w); a 3-D kernel passes unchanged."""
-    return weight.unsqueeze(2) if weight.dim() == 4 else weight
 
 
 def _matmul64(weight: Tensor, matrix: Tensor) -> Tensor:

@@ -56,6 +56,23 @@ def sincos_2d(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
     return torch.cat([across, down], dim=2).flatten(0, 1)
 
 
+def rotary_angles(frames: Tensor, rows: Tensor, columns: Tensor, head_size: int) -> Tensor:
+    """By which pairs of channels are rotated: (f,), (h,), (w,) -> (f * h * w, head_size / 2), in the type given.
+
+    Wan's split: two thirds of ``head_size // 2`` pairs to rows and columns, equally and rounded down, the others to
+    time; along each axis frequencies from 1 down to nearly 1 / 10000 (Su et al. 2021).
+    """
+    in_space = 2 * (head_size // 6)
+    sizes = (head_size - 2 * in_space, in_space, in_space)
+    shape = (len(frames), len(rows), len(columns), -1)
+    axes = []
+    for axis, (coords, size) in enumerate(zip((frames, rows, columns), sizes, strict=True)):
+        exponent = torch.arange(0, size, 2, dtype=coords.dtype, device=coords.device) / size
+        angles = torch.outer(coords, 10000.0**-exponent)
+        axes.append(angles.view(*[-1 if i == axis else 1 for i in range(3)], size // 2).expand(shape))
+    return torch.cat(axes, dim=3).flatten(0, 2)
+
+
 def interpolate_table(table: Tensor, grid: Sequence[int], rows: Tensor, columns: Tensor) -> Tensor:
     """A learned table (1, h * w, D) of a grid (h, w), read between its entries: (h',), (w',) -> (1, h' * w', D).
 
@@ -65,6 +82,12 @@ def interpolate_table(table: Tensor, grid: Sequence[int], rows: Tensor, columns:
     with torch.autocast(table.device.type, enabled=False):  # as precise as the base size, which adds the table itself
         lines = torch.einsum("ih,hwd->iwd", down, table[0].unflatten(0, tuple(grid)))
         return torch.einsum("jw,iwd->ijd", across, lines).flatten(0, 1).unsqueeze(0)
+
+
+def interpolate_line(table: Tensor, coords: Tensor) -> Tensor:
+    """A learned table along one axis, read between its entries: (1, n, D), (m,) -> (1, m, D); see above."""
+    with torch.autocast(table.device.type, enabled=False):
+        return torch.einsum("in,ond->oid", _linear_weights(coords, table.shape[1], table), table)
 
 
 def _linear_weights(coords: Tensor, size: int, like: Tensor) -> Tensor:

@@ -51,8 +51,7 @@ def flexify(
     """
     weak = _check_sizes(target, patch_sizes)
     student = copy.deepcopy(target) if keep_target else target
-    student.requires_grad_(True)
-    student.pos_embed.requires_grad_(not student.config.computes_positions)
+    student.thaw()
     if recipe == "shared":
         underlying = _underlying_size(student, weak, underlying_patch_size)
         flex = FlexConfig("shared", weak, underlying, size_norms=size_norms, positions=positions)
@@ -118,7 +117,7 @@ def _check_sizes(target: FlexiTransformer, patch_sizes: Sequence[PatchSizeLike])
         grows = all(side >= base_side for side, base_side in zip(size.as_tuple(), base.as_tuple(), strict=True))
         if not grows or size == base:
             raise ValueError(f"patch size {size.name} is not larger than the pre-trained {base.name}; give larger ones")
-        if size.t > 1:
+        if size.t > 1 and not target.config.is_video:
             raise ValueError(f"patch size {size.name} spans {size.t} frames, but this model takes images; use 1x..x..")
     if not weak:
         raise ValueError("no weak patch size was given; give at least one, such as patch_sizes=[4]")
@@ -139,15 +138,15 @@ def _underlying_size(student: FlexiTransformer, weak: Sequence[PatchSize], given
 def _share_weights(student: FlexiTransformer, flex: FlexConfig) -> None:
     sizes = (student.base_patch_size, *flex.weak_patch_sizes)
     assert flex.underlying_patch_size is not None
-    student.x_embedder.share(flex.underlying_patch_size, sizes)
-    student.final_layer.linear.share(flex.underlying_patch_size, sizes)
+    student.embedding.share(flex.underlying_patch_size, sizes)
+    student.unembedding.share(flex.underlying_patch_size, sizes)
     for size in sizes:  # zero at first, so that every size starts from the target's own activations
         _add_size_vector(student, size)
     if flex.size_norms:
         norms = [module for module in student.modules() if isinstance(module, SizeNorm)]
         for norm in norms:
             for size in flex.weak_patch_sizes:
-                norm.add_size(size, like=student.pos_embed)
+                norm.add_size(size, like=next(student.parameters()))
 
 
 def _attach_adapters(student: FlexiTransformer, flex: FlexConfig) -> None:
@@ -155,33 +154,29 @@ def _attach_adapters(student: FlexiTransformer, flex: FlexConfig) -> None:
 
     student.requires_grad_(False)
     assert flex.rank is not None and flex.alpha is not None
-    add_adapters(student.blocks, flex.weak_patch_sizes, rank=flex.rank, alpha=flex.alpha)
+    add_adapters(student, flex.weak_patch_sizes, rank=flex.rank, alpha=flex.alpha)
     for size in flex.weak_patch_sizes:
-        student.x_embedder.add_size(size)
-        student.final_layer.linear.add_size(size)
+        student.embedding.add_size(size)
+        student.unembedding.add_size(size)
         _add_size_vector(student, size)
 
 
 def _both_ends(student: FlexiTransformer, size: PatchSize) -> dict[str, Tensor]:
     """What a plain model of this size has at both ends of the token sequence, by its names in the state dict."""
-    weight, bias = student.x_embedder.weights(size)
+    weight, bias = student.embedding.weights(size)
     assert bias is not None  # of both families
     if size.name in student.size_embedder:
         bias = bias + student.size_embedder[size.name]
-    own_weight, own_bias = student.final_layer.linear.weights(size)
+    own_weight, own_bias = student.unembedding.weights(size)
+    embedding, unembedding = student.config.embedding_name, student.config.unembedding_name
     return {
-        "x_embedder.proj.weight": weight.squeeze(2),
-        "x_embedder.proj.bias": bias,
-        "final_layer.linear.weight": own_weight,
-        "final_layer.linear.bias": own_bias,
-        "pos_embed": plain_positions(student, size),
+        f"{embedding}.proj.weight": weight if student.config.is_video else weight.squeeze(2),
+        f"{embedding}.proj.bias": bias,
+        f"{unembedding}.weight": own_weight,
+        f"{unembedding}.bias": own_bias,
+        **student.plain_tables(size),
     }
 
 
-def plain_positions(student: FlexiTransformer, size: PatchSize) -> Tensor:
-    """``pos_embed`` of one patch size as a model of its own: computed for it, or the learned table as it is."""
-    return student.positions(size, student.input_size) if student.config.computes_positions else student.pos_embed
-
-
 def _add_size_vector(student: FlexiTransformer, size: PatchSize) -> None:
-    student.size_embedder[size.name] = nn.Parameter(student.pos_embed.new_zeros(student.config.hidden_size))
+    student.size_embedder[size.name] = nn.Parameter(next(student.parameters()).new_zeros(student.config.hidden_size))

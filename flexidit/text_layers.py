@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from timm.layers.mlp import Mlp as PlainMlp
 from torch import Tensor, nn
 
+from flexidit.config import MlpKind
 from flexidit.layers import (
     Attention,
+    GatedMlp,
     Masks,
     Mlp,
     SizeNorm,
@@ -39,8 +41,29 @@ class CaptionTokens(NamedTuple):
     """(N, L, D), of which each block computes its keys and values."""
     keys_values: Tensor | None
     """(N, L, 2 * D), computed before."""
-    mask: Tensor
-    """(N, 1, 1, L) bool, True where there is a token."""
+    mask: Tensor | None
+    """(N, 1, 1, L) bool, True where there is a token; None: all are attended to."""
+
+
+class CaptionState(NamedTuple):
+    """What the captions of one batch have become, for all blocks."""
+
+    hidden: Tensor | None
+    """(N, L, D) projected captions; None if each block's keys and values are there."""
+    keys_values: tuple[Tensor, ...]
+    """(N, L, 2 * D) for each block, or empty."""
+    mask: Tensor | None
+    """(N, L) bool, or None."""
+
+    def tokens(self, block: int, num_sequences: int) -> CaptionTokens:
+        """For one block; sequences that packing has added see a copy of the last caption."""
+        values = self.keys_values[block] if self.keys_values else self.hidden
+        assert values is not None
+        mask = None if self.mask is None else self.mask[:, None, None]
+        if num_sequences != len(values):
+            rows = torch.arange(num_sequences, device=values.device).clamp(max=len(values) - 1)
+            values, mask = values[rows], None if mask is None else mask[rows]
+        return CaptionTokens(None, values, mask) if self.keys_values else CaptionTokens(values, None, mask)
 
 
 class CaptionEmbedder(nn.Module):
@@ -106,13 +129,15 @@ class TextDiTBlock(nn.Module):
     adaLN-single: the table (6, D) is what a block has of its own.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_width: int, *, mlp: MlpKind = "gelu", qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.norm1 = SizeNorm(hidden_size)
         self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
         self.norm2 = SizeNorm(hidden_size)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = GatedMlp(hidden_size, mlp_width) if mlp == "swiglu" else Mlp(hidden_size, mlp_width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
 
     def forward(

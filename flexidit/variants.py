@@ -8,11 +8,11 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from flexidit.config import DiTConfig, TextDiTConfig
+from flexidit.config import AnyConfig, DiTConfig, TextDiTConfig, WanConfig
 from flexidit.patch_size import PatchSize
 
 if TYPE_CHECKING:
-    from flexidit.models import DiT, TextDiT
+    from flexidit.models import DiT, TextDiT, Wan
 
 _DIT_WIDTHS = {  # hidden_size, depth, num_heads (Peebles and Xie 2023, table 1)
     "S": (384, 12, 6),
@@ -24,8 +24,8 @@ _DIT_WIDTHS = {  # hidden_size, depth, num_heads (Peebles and Xie 2023, table 1)
 _DIT_PATCHES = (2, 4, 8)
 
 
-def _variants() -> Mapping[str, DiTConfig | TextDiTConfig]:
-    table: dict[str, DiTConfig | TextDiTConfig] = {
+def _variants() -> Mapping[str, AnyConfig]:
+    table: dict[str, AnyConfig] = {
         f"DiT-{name}/{patch}": DiTConfig(
             patch_size=PatchSize.parse(patch), hidden_size=width, depth=depth, num_heads=heads
         )
@@ -48,9 +48,49 @@ def _variants() -> Mapping[str, DiTConfig | TextDiTConfig]:
         position_table="learned",
         qk_norm=True,
     )
+    # The paper's Video DiT is 4.9 B parameters "as the one in" Movie Gen (sections 4.3, C.2): 32 layers of width 3072,
+    # SwiGLU, factorised learned positions; 256 frames of 384x704 pixels, downsampled by 8 along each axis
+    table["VideoDiT-4.9B"] = TextDiTConfig(
+        input_size=(32, 48, 88),
+        in_channels=16,
+        hidden_size=3072,
+        depth=32,
+        num_heads=24,
+        mlp="swiglu",
+        mlp_ratio=8 / 3,
+        learn_sigma=False,
+        caption_length=256,
+        position_table="learned",
+        qk_norm=True,
+    )
+    table["VideoDiT-Tiny"] = TextDiTConfig(
+        input_size=(8, 16, 16),
+        in_channels=1,
+        hidden_size=64,
+        depth=2,
+        num_heads=4,
+        mlp="swiglu",
+        mlp_ratio=8 / 3,
+        learn_sigma=False,
+        caption_channels=64,
+        caption_length=16,
+        qk_norm=True,
+    )
     table["TextDiT-S/2"] = TextDiTConfig(hidden_size=384, depth=12, num_heads=6)
     table["TextDiT-Tiny/2"] = TextDiTConfig(
         hidden_size=64, depth=2, num_heads=4, caption_channels=64, caption_length=16
+    )
+    table["Wan-1.3B"] = WanConfig()  # 81 frames of 480x832 pixels, downsampled by 4 and 8 (Wan Team 2025)
+    table["Wan-14B"] = WanConfig(hidden_size=5120, depth=40, num_heads=40, mlp_ratio=13824 / 5120)
+    table["Wan-Tiny"] = WanConfig(
+        input_size=(8, 16, 16),
+        in_channels=1,
+        hidden_size=64,
+        depth=2,
+        num_heads=4,
+        mlp_ratio=4.0,
+        caption_channels=64,
+        caption_length=16,
     )
     return MappingProxyType(table)
 
@@ -63,12 +103,13 @@ def known_variants() -> tuple[str, ...]:
     return tuple(VARIANTS)
 
 
-def variant_config(name: str, **overrides: Any) -> DiTConfig | TextDiTConfig:
+def variant_config(name: str, **overrides: Any) -> AnyConfig:
     """The config of a named variant, with any of its fields replaced.
 
     Args:
         name: such as ``"DiT-XL/2"`` or ``"PixArt-XL/2-256"``.
-        **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent.
+        **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent, and is (F, H, W)
+            for clips.
 
     Raises:
         ValueError: an unknown name or field; the message lists the known ones.
@@ -83,12 +124,13 @@ def variant_config(name: str, **overrides: Any) -> DiTConfig | TextDiTConfig:
     return replace(config, **{field: _parsed(field, value) for field, value in overrides.items()})
 
 
-def create_model(name: str, **overrides: Any) -> DiT | TextDiT:
+def create_model(name: str, **overrides: Any) -> DiT | TextDiT | Wan:
     """A randomly initialised model of a named variant.
 
     Args:
         name: such as ``"DiT-XL/2"`` or ``"PixArt-XL/2-256"``.
-        **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent.
+        **overrides: fields of the variant's config; ``input_size`` may be an int for a square latent, and is (F, H, W)
+            for clips.
 
     Raises:
         ValueError: an unknown name or field; the message lists the known ones.
@@ -108,8 +150,8 @@ def _parsed(field: str, value: Any) -> Any:
         return PatchSize.parse(value)
     if field == "input_size":
         sides = (value, value) if isinstance(value, int) else tuple(value)
-        if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
-            raise ValueError(f"input_size is a positive int or (H, W), got {value!r}")
+        if len(sides) not in (2, 3) or any(not isinstance(side, int) or side < 1 for side in sides):
+            raise ValueError(f"input_size is a positive int, (H, W), or (F, H, W) for clips, got {value!r}")
         return sides
     return value
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flexidit.conditions import Captions, choose
 from flexidit.config import config_to_dict
-from flexidit.diffusion.gaussian import GaussianDiffusion
-from flexidit.diffusion.losses import diffusion_loss
+from flexidit.diffusion.losses import training_loss
+from flexidit.diffusion.process import Process, process_of
 from flexidit.export import BaseIdentity
 from flexidit.models import FlexiTransformer
 from flexidit.patch_size import PatchSize
@@ -33,11 +33,13 @@ from lightning_modules.data_contract import (
     warn_of_other_codec,
 )
 from lightning_modules.draws import SampleDraws, draw_patch_size, places
+from lightning_modules.one_reader import device_of, read_once, read_target
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
-from lightning_modules.trained_state import base_source, check_loadable, identify_base, keep_trained
+from lightning_modules.sharding import GatherDtype, check_gathering, shard, start_moments
+from lightning_modules.trained_state import check_loadable, identify_base, keep_trained
 
 GAP_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
-"""Where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
+"""Step indices where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,18 @@ class NoisyBatch:
     x_t: Tensor
     """(N, C, H, W), both mixed."""
     t: Tensor
-    """(N,) step indices."""
+    """(N,) step indices of the process."""
+    times: Tensor
+    """(N,) what the model is told of them."""
     y: Any
     """N labels or captions, some of them dropped."""
 
 
 class DiffusionModule(LightningModule, ABC):
     """Trains one model at one of its patch sizes per step; with DiT's loss, unless :meth:`loss` is another.
+
+    A model whose config says ``process="flow"`` is trained as one: straight lines from data to noise, and the squared
+    error of the velocity (:mod:`flexidit.diffusion.flow`).
 
     Subclasses say what the model is, in :meth:`build_model`. Batches are ``{"x": (N, C, H, W), "y": N conditions}``:
     labels (N,), or :class:`Captions`.
@@ -73,6 +80,8 @@ class DiffusionModule(LightningModule, ABC):
             equally often.
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
+        gather_dtype: of sharded weights (fsdp.yaml) while they are used: "float32", as one process has them, or
+            "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
     """
@@ -85,6 +94,7 @@ class DiffusionModule(LightningModule, ABC):
         patch_size_weights: dict[str, float] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -93,8 +103,9 @@ class DiffusionModule(LightningModule, ABC):
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.patch_size_weights = patch_size_weights
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile
+        self.gather_dtype: GatherDtype = gather_dtype
         self.vae, self.seed = vae, seed
-        self.diffusion = GaussianDiffusion()
+        self.process: Process
         self.model: FlexiTransformer
         self.base_identity: BaseIdentity | None = None
         self.step_flops = 0
@@ -109,13 +120,14 @@ class DiffusionModule(LightningModule, ABC):
             return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            target = self.target_settings.build()
-            source = base_source(target, self.target_settings.checkpoint)
-            self.model = self.build_model(target)
+            target, source = read_target(self.target_settings, self._strategy)
+            self.process = process_of(target.config)
+            with device_of(target):
+                self.model = self.build_model(target)
         self.model.gradient_checkpointing = self.gradient_checkpointing
         self._weights = self._checked_weights()
         # Before anything shards the weights or changes their type: the hash is that of what target.checkpoint holds.
-        self.base_identity = identify_base(self.model, source)
+        self.base_identity = read_once(self._strategy, lambda: identify_base(self.model, source))
         self.strict_loading = self.base_identity is None
         if self.compile_blocks:
             # All blocks share the limit on graphs, 8: sizes times training, validation and sampling can be more.
@@ -148,7 +160,7 @@ class DiffusionModule(LightningModule, ABC):
 
     def timesteps_of(self, patch_size: PatchSize) -> range:
         """The step indices that a patch size is trained and judged at."""
-        return range(self.diffusion.num_timesteps)
+        return range(self.process.num_timesteps)
 
     @property
     def judged_patch_sizes(self) -> Sequence[PatchSize]:
@@ -201,11 +213,11 @@ class DiffusionModule(LightningModule, ABC):
         return self._draws("train", self.global_step, first, count)
 
     def loss(self, batch: Mapping[str, Any], patch_size: PatchSize, draws: SampleDraws) -> Tensor:
-        """What is minimised, and what validation judges: a scalar. Here DiT's loss."""
+        """What is minimised, and what validation judges: a scalar. Here DiT's loss, or that of a flow."""
         noisy = self.noised(batch, patch_size, draws)
-        output = self.model(noisy.x_t, noisy.t, noisy.y, patch_size=patch_size)
-        losses = diffusion_loss(
-            self.diffusion, output, noisy.x_start, noisy.x_t, noisy.t, noisy.noise, self.model.learn_sigma
+        output = self.model(noisy.x_t, noisy.times, noisy.y, patch_size=patch_size)
+        losses = training_loss(
+            self.process, output, noisy.x_start, noisy.x_t, noisy.t, noisy.noise, self.model.learn_sigma
         )
         return losses.total.mean()
 
@@ -217,7 +229,8 @@ class DiffusionModule(LightningModule, ABC):
         dropout = self.model.config.class_dropout_prob if self.training else 0.0
         if dropout > 0:
             y = choose(draws.dropped(dropout, y.device), self.null_condition(y), y)
-        return NoisyBatch(x_start, noise, self.diffusion.q_sample(x_start, t, noise), t, y)
+        x_t = self.process.q_sample(x_start, t, noise)
+        return NoisyBatch(x_start, noise, x_t, t, self.process.model_timesteps(t), y)
 
     def on_validation_epoch_start(self) -> None:
         self._num_validated = 0
@@ -248,8 +261,6 @@ class DiffusionModule(LightningModule, ABC):
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         optimizer, schedule = settings.build(parameters, max_steps, fused=not scaled)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            from lightning_modules.sharding import start_moments
-
             start_moments(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -287,6 +298,10 @@ class DiffusionModule(LightningModule, ABC):
         check_loadable(checkpoint, self, text_fingerprint_of(self._datamodule, self.model.config))
 
     @property
+    def _strategy(self) -> Strategy | None:
+        return None if self._trainer is None else self._trainer.strategy
+
+    @property
     def _datamodule(self) -> Any:
         return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
 
@@ -303,11 +318,11 @@ class DiffusionModule(LightningModule, ABC):
 
     def _distribute(self) -> None:
         strategy = self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            from lightning_modules.sharding import shard
-
+        is_sharded = isinstance(strategy, ModelParallelStrategy)
+        check_gathering(self.gather_dtype, self.trainer.precision, is_sharded)
+        if is_sharded:
             assert self.device_mesh is not None
-            shard(self.model, self.device_mesh)
+            shard(self.model, self.device_mesh, self.gather_dtype)
         elif isinstance(strategy, DDPStrategy) and self._trains_in_turns:
             # What belongs to other patch sizes gets no gradient in a step, and AdamW must skip it as it does in one
             # process: a gradient of zero would let its momentum move it.
@@ -336,7 +351,7 @@ class DiffusionModule(LightningModule, ABC):
         from flexidit.analysis.gap import weak_powerful_gap
 
         noise, y = draws.noise_like(batch["x"]), self.model.prepare(batch["y"])
-        return weak_powerful_gap(self.model, self.diffusion, batch["x"], y, noise, GAP_TIMESTEPS)
+        return weak_powerful_gap(self.model, self.process, batch["x"], y, noise, GAP_TIMESTEPS)
 
     def _draw_gap(self) -> None:
         from flexidit.plots import gap_figure

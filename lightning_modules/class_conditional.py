@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexidit.diffusion.gaussian import GaussianDiffusion
 from flexidit.diffusion.mmd import ChainPlan, Estimator, bootstrapped_mmd_loss, sample_time_pair
 from flexidit.models import FlexiTransformer
 from flexidit.patch_size import PatchSize
 from lightning_modules.base import DiffusionModule
 from lightning_modules.draws import keyed
 from lightning_modules.settings import FlexSettings, MatchingSettings, OptimizerSettings, TargetSettings
+from lightning_modules.sharding import GatherDtype
 from lightning_modules.students import make_student
 
 
@@ -25,12 +27,14 @@ class ClassConditional(DiffusionModule):
     Args:
         target: the pre-trained model.
         flex: weak patch sizes and recipe.
-        matching: the distribution-matching loss.
+        matching: the distribution-matching loss, of models that predict noise.
         optimizer: AdamW and its learning rate.
         patch_size_weights: how often each patch size is drawn, relative to the others; null draws all that train
             equally often.
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
+        gather_dtype: of sharded weights (fsdp.yaml) while they are used: "float32", as one process has them, or
+            "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
 
@@ -47,6 +51,7 @@ class ClassConditional(DiffusionModule):
         patch_size_weights: dict[str, float] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -57,16 +62,18 @@ class ClassConditional(DiffusionModule):
             patch_size_weights=patch_size_weights,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
+            gather_dtype=gather_dtype,
             vae=vae,
             seed=seed,
         )
         self.matching = matching or MatchingSettings()
-        self.chain_diffusion = self.diffusion.respaced(self.matching.num_timesteps)
+        self.chain_diffusion: GaussianDiffusion
         self.plan: ChainPlan
 
     def configure_model(self) -> None:
         super().configure_model()
         if self.matching.weight > 0:
+            self.chain_diffusion = self._chain_process()
             self.plan = self._checked_plan()
 
     def build_model(self, target: FlexiTransformer) -> FlexiTransformer:
@@ -128,6 +135,14 @@ class ClassConditional(DiffusionModule):
         costs = [self._forward_flops(size) for size in self.plan]
         backward = (1 if self._is_frozen else 2) * sum(costs[-self._num_backprop_steps :])
         return (sum(costs) + backward) // 2
+
+    def _chain_process(self) -> GaussianDiffusion:
+        if not isinstance(self.process, GaussianDiffusion):
+            raise ValueError(
+                "the matching loss denoises in steps of a diffusion and this model's process is 'flow': set "
+                "matching.weight to 0"
+            )
+        return self.process.respaced(self.matching.num_timesteps)
 
     def _checked_plan(self) -> ChainPlan:
         plan = self.matching.plan(self.model.patch_sizes)

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from flexidit.conditions import Captions
-from flexidit.config import DiTConfig, TextDiTConfig, TransformerConfig
+from flexidit.config import CaptionedConfig, DiTConfig, TransformerConfig
 from flexidit.latent_shards import fingerprint_differences
 
 
@@ -33,7 +33,7 @@ def check_data(config: TransformerConfig, datamodule: Any) -> None:
             f"the data have samples of shape {tuple(shape)}, the model takes {expected}: set in_channels and "
             "input_size in target.overrides, or use other data"
         )
-    if isinstance(config, TextDiTConfig):
+    if isinstance(config, CaptionedConfig):
         _check_captions(config, datamodule)
     elif isinstance(config, DiTConfig):
         _check_labels(config, datamodule)
@@ -45,7 +45,7 @@ def null_captions_of(datamodule: Any, config: TransformerConfig) -> Captions | N
     Raises:
         ValueError: it is needed, since captions are dropped, and the data have none.
     """
-    if not isinstance(config, TextDiTConfig) or config.null_caption or config.class_dropout_prob == 0:
+    if not isinstance(config, CaptionedConfig) or config.has_null_caption or config.class_dropout_prob == 0:
         return None
     captions = getattr(datamodule, "null_captions", None)
     if captions is None:
@@ -59,7 +59,7 @@ def null_captions_of(datamodule: Any, config: TransformerConfig) -> Captions | N
 
 def text_fingerprint_of(datamodule: Any, config: TransformerConfig) -> dict[str, Any] | None:
     """What identifies the text encoder behind the captions, in plain values; None for labels, or if it is not said."""
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         return None
     encoder = getattr(datamodule, "text_encoder", None)
     if encoder is not None:
@@ -89,7 +89,7 @@ def as_many(null: Captions, y: Captions) -> Captions:
     return replace(many, embeddings=many.embeddings.to(y.embeddings.dtype), image_size=y.image_size)
 
 
-def _check_captions(config: TextDiTConfig, datamodule: Any) -> None:
+def _check_captions(config: CaptionedConfig, datamodule: Any) -> None:
     shape = getattr(datamodule, "caption_shape", None)
     if shape is None:
         if getattr(datamodule, "num_classes", None) is not None:

@@ -18,6 +18,7 @@ from flexidit.patch_size import PatchSize
 from lightning_modules.base import DiffusionModule
 from lightning_modules.draws import SampleDraws
 from lightning_modules.settings import ADAPTERS, TABLE_5, FlexSettings, OptimizerSettings, TargetSettings
+from lightning_modules.sharding import GatherDtype
 from lightning_modules.students import make_student
 from lightning_modules.timestep_ranges import parse_ranges
 
@@ -27,7 +28,9 @@ class Distillation(DiffusionModule):
 
     Teacher and student are one model: the teacher's prediction is that of the base patch size, without gradients. Both
     see the same noisy samples and the same conditions, the same ones of them dropped. The loss is the mean squared
-    difference of the noise predictions (READING.md, gap 9).
+    difference of the noise predictions (READING.md, gap 9), or of the velocities of a flow. Both weight noise levels as
+    the base's own training did, so that an error costs the student what it cost its teacher. (Of clean latents, which
+    differ by sigma times what velocities differ by, those near the data would hardly count.)
 
     Where the model learns a variance, the weak sizes' variance channels are not trained unless ``distill_variance``:
     the solver "ddpm" uses them.
@@ -38,11 +41,13 @@ class Distillation(DiffusionModule):
         optimizer: AdamW and its learning rate; default: Table 5.
         distill_variance: compare the variance channels too.
         timestep_ranges: restrict patch sizes to step indices from and below, such as ``{4: [400, 1000]}``, or to those
-            of their own steps in a schedule, such as "4:60,2:40": trains for that one schedule. 0 is data, 1000 noise;
-            sizes that are not named train at all of them.
+            of their own steps in a schedule, such as "4:60,2:40": trains for that one schedule. 0 is data, 1000 noise
+            (of a flow, before its time shift); sizes that are not named train at all of them.
         patch_size_weights: how often each weak patch size is drawn, relative to the others; null: equally often.
         gradient_checkpointing: recompute each block in backward instead of keeping its activations.
         compile: compile each block, one graph per patch size.
+        gather_dtype: of sharded weights (fsdp.yaml) while they are used: "float32", as one process has them, or
+            "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
     """
@@ -57,6 +62,7 @@ class Distillation(DiffusionModule):
         patch_size_weights: dict[str, float] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -67,6 +73,7 @@ class Distillation(DiffusionModule):
             patch_size_weights=patch_size_weights,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
+            gather_dtype=gather_dtype,
             vae=vae,
             seed=seed,
         )
@@ -82,7 +89,7 @@ class Distillation(DiffusionModule):
                 "it to lora, or train with lightning_modules.ClassConditional"
             )
         student = make_student(target, self.flex_settings)
-        self._ranges = parse_ranges(self.timestep_ranges, student.patch_sizes[1:], self.diffusion.num_timesteps)
+        self._ranges = parse_ranges(self.timestep_ranges, student.patch_sizes[1:], self.process.num_timesteps)
         return student
 
     def timesteps_of(self, patch_size: PatchSize) -> range:
@@ -98,8 +105,8 @@ class Distillation(DiffusionModule):
         with torch.no_grad():
             # What blocks read of captions is frozen, so one computation serves teacher and student.
             y = self.model.prepare(noisy.y)
-            target = self.model(noisy.x_t, noisy.t, y, patch_size=self.model.base_patch_size)  # (N, O, H, W)
-        output = self.model(noisy.x_t, noisy.t, y, patch_size=patch_size)  # (N, O, H, W)
+            target = self.model(noisy.x_t, noisy.times, y, patch_size=self.model.base_patch_size)  # (N, O, H, W)
+        output = self.model(noisy.x_t, noisy.times, y, patch_size=patch_size)  # (N, O, H, W)
         num_channels = self.model.out_channels if self.distill_variance else self.model.in_channels
         dtype = torch.promote_types(output.dtype, torch.float32)  # bfloat16 would round the difference
         return F.mse_loss(output[:, :num_channels].to(dtype), target[:, :num_channels].to(dtype))

@@ -10,8 +10,8 @@ from lightning_modules.base import DiffusionModule
 class Pretraining(DiffusionModule):
     """Trains a transformer of labels or captions with DiT's loss from random weights (or continues from given ones).
 
-    With ``flex`` it has several patch sizes from the start, which the paper leaves as future work (appendix C.2); only
-    recipe "shared" makes sense there.
+    One whose config says ``process="flow"`` learns velocities instead. With ``flex`` it has several patch sizes from
+    the start, which the paper leaves as future work (appendix C.2); only recipe "shared" makes sense there.
 
     Example:
         flexidit fit -c configs/quickstart/pretraining.yaml

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from flexidit.config import Positions, Recipe, TextDiTConfig, TransformerConfig
+from flexidit.config import CaptionedConfig, Positions, Recipe, TransformerConfig
 from flexidit.diffusion.mmd import ChainPlan, Estimator
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _COMPARED = (  # what decides which function the weights compute
     "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_classes", "caption_channels",
-    "position_scale", "position_table", "qk_norm", "micro_conditions",
+    "position_scale", "position_table", "qk_norm", "mlp", "micro_conditions", "process", "time_shift",
 )  # fmt: skip
 
 
@@ -35,6 +35,8 @@ class TargetSettings:
     checkpoint: str | None = None
     """Pre-trained weights: official .pt or .pth, diffusers directory or hub id, flexidit .safetensors, or a training
     .ckpt."""
+    inflate_from: str | None = None
+    """Pre-trained weights of an image model, in any of these forms, that a variant of clips starts with."""
 
     def build(self) -> FlexiTransformer:
         """The model, with the checkpoint's weights if one is named.
@@ -44,6 +46,8 @@ class TargetSettings:
         """
         from flexidit.variants import create_model, variant_config
 
+        if self.inflate_from is not None:
+            return self._inflated(self.inflate_from)
         if self.variant is None and self.checkpoint is None:
             raise ValueError("no model was given: set target.variant, target.checkpoint, or both")
         if self.checkpoint is None:
@@ -59,7 +63,7 @@ class TargetSettings:
         assert self.checkpoint is not None
         model = load_checkpoint(self.checkpoint, **_untold(expected))
         if expected is not None:
-            self._check(model.config, expected)
+            _check(model.config, expected, self.checkpoint)
         elif set(self.overrides) - {"class_dropout_prob"}:
             raise ValueError(
                 f"target.overrides {', '.join(self.overrides)} change a variant: give target.variant too, or leave "
@@ -72,23 +76,39 @@ class TargetSettings:
         model.float().reset_derived()
         return model.train()
 
-    def _check(self, found: TransformerConfig, expected: TransformerConfig) -> None:
-        if type(found) is not type(expected):
-            kinds = (type(config).__name__.removesuffix("Config") for config in (found, expected))
-            raise ValueError("{} holds a {}, but target.variant is a {}".format(self.checkpoint, *kinds))
-        for name in _COMPARED:
-            given, wanted = getattr(found, name, None), getattr(expected, name, None)
-            if given != wanted:
-                raise ValueError(
-                    f"{self.checkpoint} has {name}={given}, but target.variant and target.overrides say {wanted}"
-                )
+    def _inflated(self, source: str) -> FlexiTransformer:
+        from flexidit.checkpoint import load_checkpoint
+        from flexidit.inflation import inflate
+        from flexidit.variants import variant_config
+
+        if self.variant is None or self.checkpoint is not None:
+            raise ValueError("target.inflate_from starts a variant of clips: give target.variant and no checkpoint")
+        expected = variant_config(self.variant, **self.overrides)
+        image = replace(expected, input_size=expected.input_size[-2:])
+        model = inflate(load_checkpoint(source, **_untold(image)), expected.input_size)  # type: ignore[type-var]
+        _check(model.config, expected, source)
+        model.config = replace(model.config, class_dropout_prob=expected.class_dropout_prob)
+        return model.float().train()
+
+
+def _check(found: TransformerConfig, expected: TransformerConfig, source: str) -> None:
+    """Refuse weights of another model than the one that was named."""
+    if type(found) is not type(expected):
+        kinds = (type(config).__name__.removesuffix("Config") for config in (found, expected))
+        raise ValueError("{} holds a {}, but target.variant is a {}".format(source, *kinds))
+    for name in _COMPARED:
+        given, wanted = getattr(found, name, None), getattr(expected, name, None)
+        if given != wanted:
+            raise ValueError(f"{source} has {name}={given}, but target.variant and target.overrides say {wanted}")
 
 
 def _untold(expected: TransformerConfig | None) -> dict[str, Any]:
     """What the shapes of weights do not tell, or not in all layouts; flexidit's own files need none of it."""
     if expected is None:
         return {}
-    names = ("num_heads", "input_size", "caption_length") if isinstance(expected, TextDiTConfig) else ("num_heads",)
+    names = ["num_heads", "process", "time_shift"]
+    if isinstance(expected, CaptionedConfig):
+        names += ["input_size", "caption_length"]
     return {name: getattr(expected, name) for name in names}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexidit.config import TextDiTConfig
+from flexidit.config import CaptionedConfig
 from flexidit.models import FlexiTransformer
 from lightning_modules.distillation import Distillation
 
@@ -19,7 +19,7 @@ class TextToImage(Distillation):
     """
 
     def build_model(self, target: FlexiTransformer) -> FlexiTransformer:
-        if not isinstance(target.config, TextDiTConfig):
+        if not isinstance(target.config, CaptionedConfig):
             raise ValueError(
                 f"the target is a {type(target).__name__}, which takes labels: give a TextDiT or PixArt variant or "
                 "checkpoint, or train with lightning_modules.Distillation"

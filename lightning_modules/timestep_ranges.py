@@ -16,7 +16,7 @@ def parse_ranges(
     Args:
         given: (first, end) by patch size, or a schedule.
         weak: the sizes that train.
-        num_timesteps: 0 is data, this is noise.
+        num_timesteps: 0 is data, this is noise (of a flow, before its shift).
 
     Raises:
         ValueError: sizes that do not train, an empty range or one outside the diffusion; a schedule that lacks a weak
@@ -45,6 +45,11 @@ def ranges_of(schedule: PatchSchedule, weak: Sequence[PatchSize], num_timesteps:
 
     Step i of K covers the diffusion from 1 - (i + 1) / K to 1 - i / K, both included: solvers differ in where in
     there they put the timestep.
+
+    That holds of flows too. The step covers evenly spread levels s from 1 - (i + 1) / K to 1 - i / K, the solver shifts
+    them, and training shifts its own, (t + 1) / T at index t, in the same way: both shifts are one increasing function
+    of s, so that which indices a step covers does not depend on it. (Sampling with another ``time_shift`` than the
+    model's moves the steps away from their ranges; give numbers then.)
 
     Raises:
         ValueError: a size that the schedule does not use.

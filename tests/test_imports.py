@@ -17,6 +17,7 @@ LAYERS = [
     ("patch_embed", "positions"),
     ("layers",),
     ("text_layers",),
+    ("wan_layers",),
     ("models",),
     ("variants", "layouts", "recipes", "lora", "checkpoint"),
 ]

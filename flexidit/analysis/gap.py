@@ -11,34 +11,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexidit.diffusion.gaussian import GaussianDiffusion, split_output
+from flexidit.diffusion.gaussian import split_output
+from flexidit.diffusion.process import Process
 from flexidit.patch_size import PatchSize
 
 
 @torch.no_grad()
 def weak_powerful_gap(
-    model: Any, diffusion: GaussianDiffusion, x_start: Tensor, y: Tensor, noise: Tensor, timesteps: Sequence[int]
+    model: Any, process: Process, x_start: Tensor, y: Tensor, noise: Tensor, timesteps: Sequence[int]
 ) -> dict[PatchSize, Tensor]:
-    """Mean squared difference between each weak size's noise prediction and the base size's: {size: (K,)}.
+    """Mean squared difference between each weak size's prediction and the base size's: {size: (K,)}.
+
+    Of the noise, or of the velocity where the process is a flow.
 
     Args:
         model: has ``patch_sizes``, base first; called as ``model(x_t, t, y, patch_size=...)``.
-        diffusion: the process that noises the latents.
+        process: what noises the latents.
         x_start: (N, C, H, W), clean latents.
         y: (N,), their labels.
         noise: like ``x_start``, the same at every timestep.
-        timesteps: K step indices of ``diffusion``.
+        timesteps: K step indices of ``process``.
     """
     base, *weak = model.patch_sizes
     gaps: dict[PatchSize, list[Tensor]] = {size: [] for size in weak}
     for step in timesteps:
         t = torch.full((len(x_start),), step, device=x_start.device)
-        x_t = diffusion.q_sample(x_start, t, noise)
-        powerful = _eps(model, x_t, t, y, base)
+        x_t, times = process.q_sample(x_start, t, noise), process.model_timesteps(t)
+        powerful = _prediction(model, x_t, times, y, base)
         for size in weak:
-            gaps[size].append((_eps(model, x_t, t, y, size) - powerful).square().mean())
+            gaps[size].append((_prediction(model, x_t, times, y, size) - powerful).square().mean())
     return {size: torch.stack(values) for size, values in gaps.items()}
 
 
-def _eps(model: Any, x_t: Tensor, t: Tensor, y: Tensor, patch_size: PatchSize) -> Tensor:
+def _prediction(model: Any, x_t: Tensor, t: Tensor, y: Tensor, patch_size: PatchSize) -> Tensor:
     return split_output(model(x_t, t, y, patch_size=patch_size), x_t.shape[1])[0].float()

@@ -14,7 +14,7 @@ import torch
 from flexidit.commands.evaluator import Evaluator
 from flexidit.commands.sampling_setup import LoadedModel, progress_bar
 from flexidit.commands.text_setup import add_text_arguments, open_text_encoder
-from flexidit.config import TextDiTConfig
+from flexidit.config import CaptionedConfig
 from flexidit.metrics.prompts import Prompts, read_coco_prompts, read_prompts
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def read_texts(args: argparse.Namespace, model: Any) -> list[str] | None:
     Raises:
         FileNotFoundError, ValueError: no or unusable prompts, or prompts for a model of classes.
     """
-    if not isinstance(model.config, TextDiTConfig):
+    if not isinstance(model.config, CaptionedConfig):
         given = [name for name in _OPTIONS if getattr(args, name) is not None]
         if given:
             raise ValueError(f"this model is told classes, not captions; leave --{given[0].replace('_', '-')} out")
@@ -90,7 +90,7 @@ def embed(args: argparse.Namespace, loaded: LoadedModel, texts: Sequence[str]) -
     """
     encoder = open_text_encoder(args.text_encoder, args.tokenizer, loaded)
     negative = args.negative
-    if negative is None and not loaded.model.config.null_caption:
+    if negative is None and not loaded.model.config.has_null_caption:
         negative = ""  # these weights hold no null caption, and diffusers' pipelines take the empty prompt then
     with progress_bar("reading prompts", len(texts), enabled=not args.json) as advance:
         prompts = Prompts.encode(texts, encoder, _name(args), negative, on_chunk=advance)

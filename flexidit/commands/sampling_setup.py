@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from flexidit.conditions import Captions
-from flexidit.config import TextDiTConfig, config_to_dict
+from flexidit.config import CaptionedConfig, config_to_dict
 from flexidit.latents import LatentCodec, PixelCodec
 from flexidit.patch_size import PatchSize
+from flexidit.sampling.denoiser import process_of
 from flexidit.sampling.sampler import Sampler
 from flexidit.sampling.schedule import PatchSchedule, ScheduleStep
+from flexidit.sampling.solvers import FLOW_SOLVERS, SOLVERS
 
 if TYPE_CHECKING:
     from flexidit.models import FlexiTransformer
@@ -78,6 +80,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--merge", action="store_true", help="merge adapters first (recipe lora): faster, more memory")
 
 
+def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what says how predictions become steps."""
+    parser.add_argument(
+        "--solver",
+        metavar="NAME",
+        help=f"{_listed(SOLVERS)} (default: {SOLVERS[0]}); flow models: {_listed(FLOW_SOLVERS)} "
+        f"(default: {FLOW_SOLVERS[0]})",
+    )
+    parser.add_argument(
+        "--time-shift", type=float, metavar="X", help="of a flow's noise levels (default: that of training)"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def load_model(args: argparse.Namespace) -> LoadedModel:
     """The model that the arguments name, ready to run.
 
@@ -98,7 +117,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     if args.compile:
         model.compile(dynamic=False)
     autocast = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    text = recorded_text(args.checkpoint) if isinstance(loaded.config, TextDiTConfig) else None
+    text = recorded_text(args.checkpoint) if isinstance(loaded.config, CaptionedConfig) else None
     kind = {"merged": args.merge, "is_compiled": args.compile}
     return LoadedModel(model, name, device, autocast, **kind, text=text, latents=_recorded_codec(args.checkpoint))
 
@@ -241,6 +260,7 @@ def warm_up(
     batch_size: int,
     y: Tensor | Captions | None = None,
     negative: Tensor | Captions | None = None,
+    size: Sequence[int] | None = None,
     **options: Any,
 ) -> None:
     """Run each kind of step once where the first run is slower: compilation and CUDA's start must not be timed.
@@ -251,6 +271,7 @@ def warm_up(
         batch_size: Samples in one forward pass.
         y: What the model is told, of which the first is taken; None: class 0, or a made-up caption of full length.
         negative: As the sampler takes it, of which the first is taken.
+        size: Latent size; None: the model's.
         **options: Guidance, as :class:`Sampler` takes it.
     """
     if not loaded.is_compiled and loaded.device.type == "cpu":
@@ -258,21 +279,22 @@ def warm_up(
     first = torch.zeros(batch_size, dtype=torch.long)
     if y is None:
         y, negative = _made_up(loaded.model)
+    solver = "euler" if process_of(loaded.model) == "flow" else "ddim"  # any number of steps will do
     sampler = Sampler(
-        loaded.model, "ddim", schedule=PatchSchedule(tuple(dict.fromkeys(steps))), autocast=loaded.autocast, **options
+        loaded.model, solver, schedule=PatchSchedule(tuple(dict.fromkeys(steps))), autocast=loaded.autocast, **options
     )
     away = None if negative is None else negative[:1]
-    sampler(y[first], negative=away, generator=torch.Generator().manual_seed(0))
+    sampler(y[first], negative=away, generator=torch.Generator().manual_seed(0), size=size)
 
 
 def _made_up(model: Any) -> tuple[Tensor | Captions, Captions | None]:
     """A condition that the model can be told, and what to guide away from where it has no null caption."""
     config = model.config
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         return torch.zeros(1, dtype=torch.long), None
     shape = (1, config.caption_length)
     y = Captions(torch.zeros(*shape, config.caption_channels), torch.ones(shape, dtype=torch.bool))
-    return y, None if config.null_caption else y
+    return y, None if config.has_null_caption else y
 
 
 def now(device: torch.device) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flexidit.commands.sampling_setup import LoadedModel
 
 if TYPE_CHECKING:
-    from flexidit.config import TextDiTConfig
+    from flexidit.config import CaptionedConfig
     from flexidit.text import CaptionEncoder, TextDtype
 
 _WORDS = "WordEncoder"  # class of its fingerprint
@@ -84,7 +84,7 @@ def _recorded_words(recorded: Mapping[str, Any]) -> CaptionEncoder:
 def _named(name: str, tokenizer: str | None, loaded: LoadedModel) -> CaptionEncoder:
     from flexidit.text import make_text_encoder
 
-    config: TextDiTConfig = loaded.model.config
+    config: CaptionedConfig = loaded.model.config
     if name == "words":
         name = f"words:{config.caption_channels}x{config.caption_length}"
     dtype: TextDtype = (loaded.text or {}).get("dtype", "bfloat16")
@@ -98,7 +98,7 @@ def _named(name: str, tokenizer: str | None, loaded: LoadedModel) -> CaptionEnco
     )
 
 
-def _check_fits(encoder: CaptionEncoder, name: str, config: TextDiTConfig) -> None:
+def _check_fits(encoder: CaptionEncoder, name: str, config: CaptionedConfig) -> None:
     if encoder.width != config.caption_channels:
         raise ValueError(
             f"the text encoder {name} gives embeddings of width {encoder.width} and the model reads "

@@ -5,5 +5,10 @@
 and a denoising step at index ``t`` leads to index ``t - 1``; the step at index 0 leads to data. A respaced process
 counts its own steps from 0; ``model_timesteps`` gives the time that the model was trained with.
 
+A flow has the same indices. There, ``model_timesteps`` are 1000 times the share of noise, so that models see times of
+the same range: above 0, data, up to 1000, noise.
+
+:class:`~flexidit.diffusion.process.Process` is what both kinds have in common, and ``process_of`` the kind of a model.
+
 Everything here takes the denoiser as a callable or takes its output as a tensor; nothing imports ``flexidit.models``.
 """

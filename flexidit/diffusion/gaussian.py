@@ -1,6 +1,6 @@
 """The discrete Gaussian diffusion of DDPM as DiT uses it: tables, q, p, and one ancestral step.
 
-Shape legend: N batch, C latent channels, ... any latent axes after them (H, W or F, H, W), K tables, S steps.
+Shape legend: N batch, C latent channels, ... any latent axes after them (H, W or F, H, W), S steps.
 Time runs from t = 0 (data) to noise; ``t`` is a step index, see ``flexidit.diffusion``.
 """
 
@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from flexidit.diffusion.tables import StepTables
 
 FixedVariance: TypeAlias = Literal["small", "large"]
 
@@ -36,13 +38,7 @@ class Posterior:
 class GaussianDiffusion:
     """A Markov chain of Gaussian noising steps, and its reversal (Ho et al. 2020; Nichol and Dhariwal 2021).
 
-    Tables are float64 and live outside any module, on purpose: as buffers they would lose their precision in
-    ``module.to(torch.bfloat16)`` and their content in ``to_empty`` after a start on the meta device. They are copied
-    once to each device that asks (later calls do not synchronise with it), and each value is cast where it is used: to
-    the dtype of the latents, but at least float32. So half-precision latents give float32 results.
-
-    Step indices are not range-checked, since this would synchronise with the device: they must lie in
-    ``0 .. num_timesteps - 1``.
+    Tables are float64 and outside any module, step indices are not range-checked: see :class:`StepTables`.
 
     Example:
         >>> diffusion = GaussianDiffusion()
@@ -89,13 +85,7 @@ class GaussianDiffusion:
             self.betas = betas.clone()
             self.alphas_cumprod = (1 - self.betas).cumprod(0)
             self.timestep_map = tuple(int(t) for t in timestep_map)
-            rows = _tables(self.betas, self.alphas_cumprod, self.timestep_map)
-            self._rows = {name: index for index, name in enumerate(rows)}
-            self._tables = torch.stack(list(rows.values()))  # (K, S)
-        self._tables_on: dict[torch.device, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_tables_on": {}}  # the copies belong to this process and its devices
+            self._tables = StepTables(_tables(self.betas, self.alphas_cumprod, self.timestep_map))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_timesteps={self.num_timesteps})"
@@ -125,12 +115,16 @@ class GaussianDiffusion:
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """Times for the model at the step indices ``t``: (N,) -> (N,), int64."""
-        return self._lookup("timestep", t).long()
+        return self._tables.lookup("timestep", t).long()
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Clean latents noised to level ``t`` in one go, q(x_t | x_0): (N, C, ...) -> (N, C, ...)."""
         signal = self._coefficient("sqrt_alphas_cumprod", t, x_start)
         return signal * x_start + self._coefficient("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+
+    def target(self, x_start: Tensor, noise: Tensor) -> Tensor:
+        """What a model of this process predicts: the noise."""
+        return noise
 
     def predict_x_start(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Clean latents that ``x_t`` came from if its noise was ``eps``: inverse of :meth:`q_sample`."""
@@ -195,23 +189,7 @@ class GaussianDiffusion:
         return self._coefficient(f"log_variance_{which}", t, x_t)
 
     def _coefficient(self, name: str, t: Tensor, x: Tensor) -> Tensor:
-        """One value per sample, shaped to multiply ``x``: (N,) -> (N, 1, ...)."""
-        if t.shape != x.shape[:1] or t.is_floating_point():
-            raise ValueError(
-                f"t holds one integer step index for each of the {x.shape[0]} samples, got {tuple(t.shape)} {t.dtype}"
-            )
-        values = self._lookup(name, t).to(torch.promote_types(x.dtype, torch.float32))
-        return values.view(-1, *(1 for _ in x.shape[1:]))
-
-    def _lookup(self, name: str, t: Tensor) -> Tensor:
-        return self._tables_at(t.device)[self._rows[name]][t]
-
-    def _tables_at(self, device: torch.device) -> Tensor:
-        if device not in self._tables_on:
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            with torch.inference_mode(False):
-                self._tables_on[device] = self._tables.to(device, dtype)
-        return self._tables_on[device]
+        return self._tables.coefficient(name, t, x)
 
 
 def split_output(model_output: Tensor, num_channels: int) -> tuple[Tensor, Tensor | None]:

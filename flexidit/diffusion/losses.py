@@ -1,4 +1,4 @@
-"""DiT's training loss: mean squared error of the noise, plus the variational bound of the learned variance.
+"""The training loss: mean squared error of the prediction, plus the variational bound of a learned variance (DiT's).
 
 Shape legend: N batch, C latent channels, ... any latent axes after them.
 """
@@ -12,32 +12,33 @@ import torch
 from torch import Tensor
 
 from flexidit.diffusion.gaussian import GaussianDiffusion, split_output
+from flexidit.diffusion.process import Process
 
 
 @dataclass(frozen=True)
-class DiffusionLoss:
+class TrainingLoss:
     """Loss of each sample; take the mean for a training step."""
 
     total: Tensor
     """(N,): what is minimised, ``mse + vb``."""
     mse: Tensor
-    """(N,): squared error of the predicted noise, mean over all elements."""
+    """(N,): squared error of the predicted noise or velocity, mean over all elements."""
     vb: Tensor
     """(N,): variational bound at this t, in bits per element; zero without a learned variance."""
 
 
-def diffusion_loss(
-    diffusion: GaussianDiffusion,
+def training_loss(
+    process: Process,
     model_output: Tensor,
     x_start: Tensor,
     x_t: Tensor,
     t: Tensor,
     noise: Tensor,
     learn_sigma: bool = True,
-) -> DiffusionLoss:
-    """The loss that ``create_diffusion(timestep_respacing="")`` of the DiT repository trains with.
+) -> TrainingLoss:
+    """The squared error of the prediction, and DiT's loss where that is noise: ``create_diffusion("")`` trains with it.
 
-    Its loss type is plain ``MSE`` (``rescale_learned_sigmas=False``), so the bound of the one drawn t is added as it
+    DiT's loss type is plain ``MSE`` (``rescale_learned_sigmas=False``), so the bound of the one drawn t is added as it
     is: in bits (nats / ln 2), mean over the elements, neither multiplied by the number of steps nor divided by 1000.
     (With 1000 steps the rescaled type has the factor 1000 / 1000: both are the same.) The bound trains the variance
     only: the noise prediction enters it detached, and nothing is clipped.
@@ -45,27 +46,29 @@ def diffusion_loss(
     Half-precision inputs are raised to float32: the bound takes logarithms of differences.
 
     Args:
-        diffusion: the process that ``x_t`` was drawn from.
+        process: what ``x_t`` was drawn from.
         model_output: (N, 2C, ...) with a learned variance, else (N, C, ...).
         x_start: (N, C, ...), clean latents.
-        x_t: (N, C, ...), ``diffusion.q_sample(x_start, t, noise)``.
-        t: (N,), step indices of ``diffusion``.
+        x_t: (N, C, ...), ``process.q_sample(x_start, t, noise)``.
+        t: (N,), step indices of ``process``.
         noise: (N, C, ...), the noise in ``x_t``.
         learn_sigma: whether the model predicts the variance too.
 
     Raises:
-        ValueError: the output's channels do not fit ``learn_sigma``.
+        ValueError: the output's channels do not fit ``learn_sigma``, or a flow is to have a variance.
     """
     model_output, x_start, x_t, noise = (_at_least_float32(x) for x in (model_output, x_start, x_t, noise))
-    eps, fraction = split_output(model_output, x_start.shape[1])
+    prediction, fraction = split_output(model_output, x_start.shape[1])
     if learn_sigma != (fraction is not None):
         expected = x_start.shape[1] * (2 if learn_sigma else 1)
         raise ValueError(f"learn_sigma={learn_sigma} needs {expected} output channels, got {model_output.shape[1]}")
-    mse = _mean_flat((noise - eps) ** 2)
+    mse = _mean_flat((process.target(x_start, noise) - prediction) ** 2)
     if fraction is None:
-        return DiffusionLoss(mse, mse, torch.zeros_like(mse))
-    vb = variational_bound(diffusion, torch.cat([eps.detach(), fraction], dim=1), x_start, x_t, t)
-    return DiffusionLoss(mse + vb, mse, vb)
+        return TrainingLoss(mse, mse, torch.zeros_like(mse))
+    if not isinstance(process, GaussianDiffusion):
+        raise ValueError(f"a {type(process).__name__} has no variance to learn; give learn_sigma=False")
+    vb = variational_bound(process, torch.cat([prediction.detach(), fraction], dim=1), x_start, x_t, t)
+    return TrainingLoss(mse + vb, mse, vb)
 
 
 def variational_bound(

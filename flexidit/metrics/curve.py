@@ -1,6 +1,7 @@
 """Quality against compute: samples at several schedules, a Frechet distance each, and the record of how.
 
-Shape legend: N samples of one candidate, n samples in one batch, C channels, H W height and width.
+Shape legend: N samples of one candidate, n samples in one batch, C channels, F frames, H W height and width. Samples
+are images (n, C, H, W) or clips (n, C, F, H, W).
 
 For one process or many, for models of classes and of captions: :class:`Evaluation` is what ``flexidit curve``, the
 quick starts and the ``fid_flops`` callback run. FID baselines of one checkpoint differ between papers by more than the
@@ -13,15 +14,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flexidit import flops
+from flexidit.metrics.curve_candidates import Candidate, base_patch_size
 from flexidit.metrics.curve_points import CurvePoint, find_point
 from flexidit.metrics.curve_samples import (
     Decoder,
@@ -32,27 +34,13 @@ from flexidit.metrics.curve_samples import (
     make_sampler,
     rank_and_world_size,
     sample_pixels,
+    solver_name,
 )
 from flexidit.metrics.features import FeatureExtractor
 from flexidit.metrics.frechet import FeatureStatistics, Gaussian
 from flexidit.metrics.judges import ClassAccuracy, Judge, Tally
 from flexidit.metrics.prompts import Conditions
-from flexidit.patch_size import PatchSize, PatchSizeLike
 from flexidit.sampling.schedule import PatchSchedule
-
-Series = Literal["weak first", "weak last", "fewer steps"]
-"""The paper's schedule; its counter-example (Fig. 19); the target alone with fewer steps (Fig. 6 right)."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A schedule that is measured."""
-
-    schedule: PatchSchedule
-    series: str
-    """The line of the plot that it belongs to, a :data:`Series` or any other name."""
-    budget: float
-    """Relative FLOPs that were asked for; what the schedule really costs is measured."""
 
 
 @dataclass(frozen=True)
@@ -71,43 +59,6 @@ class Reference:
         return cls(statistics, f"{Path(path).name}{count}")
 
 
-def candidates(
-    model: Any,
-    budgets: Iterable[float],
-    num_steps: int,
-    series: Series = "weak first",
-    weak: PatchSizeLike | None = None,
-    merged: bool = False,
-) -> list[Candidate]:
-    """Schedules nearest to each budget, in the given order.
-
-    Args:
-        model: What is priced: a model or its config.
-        budgets: FLOPs relative to the base patch size at all ``num_steps``; 1.0 is that itself.
-        num_steps: Steps of the full budget; ``"fewer steps"`` takes its share of them.
-        series: How compute is saved.
-        weak: Patch size of the cheap steps; None: the largest of the model.
-        merged: See :attr:`SamplingSettings.merged`.
-
-    Raises:
-        ValueError: a budget that the patch sizes do not reach, or an unknown series.
-    """
-    base = base_patch_size(model)
-
-    def schedule(budget: float) -> PatchSchedule:
-        if series == "fewer steps" or budget == 1.0:
-            return PatchSchedule.constant(base, max(1, math.floor(budget * num_steps + 0.5)))
-        order = _ORDERS[series]
-        return flops.schedule_for_budget(model, budget, num_steps, weak=weak, order=order, merged=merged)
-
-    if series not in (*_ORDERS, "fewer steps"):
-        raise ValueError(f"unknown series {series!r}; give 'weak first', 'weak last' or 'fewer steps'")
-    return [Candidate(schedule(budget), series, budget) for budget in budgets]
-
-
-_ORDERS: dict[str, Literal["weak_first", "weak_last"]] = {"weak first": "weak_first", "weak last": "weak_last"}
-
-
 @torch.no_grad()
 def reference_of(
     batches: Iterable[Mapping[str, Tensor]],
@@ -116,24 +67,26 @@ def reference_of(
     description: str,
     max_samples: int | None = None,
 ) -> Reference:
-    """Statistics of real images that arrive as model inputs ``{"x": (n, C, H, W)}``, over all ranks' batches.
+    """Statistics of real images or clips that arrive as model inputs ``{"x": (n, ...)}``, over all ranks' batches.
 
     Latents are decoded first: the distance then leaves out what the VAE itself loses.
 
     Args:
-        batches: This rank's share of the images.
+        batches: This rank's share of the images or clips.
         codec: Turns ``x`` into pixels.
         features: The evaluator.
-        description: Which images these are; their number is added.
+        description: Which images or clips these are; the number of their features is added, F a clip where each frame
+            has its own.
         max_samples: Stop there, summed over ranks.
     """
     rank, world_size = rank_and_world_size()
     limit = None if max_samples is None else max_samples // world_size + (rank < max_samples % world_size)
-    statistics, device = FeatureStatistics(), device_of(features)
+    statistics, device, num_seen = FeatureStatistics(), device_of(features), 0
     for batch in batches:
-        x = batch["x"] if limit is None else batch["x"][: limit - statistics.count]
+        x = batch["x"] if limit is None else batch["x"][: limit - num_seen]
         statistics.update(features(codec.decode(x.to(device))))
-        if statistics.count == limit:
+        num_seen += len(x)
+        if num_seen == limit:
             break
     result = statistics.gathered().gaussian(features.fingerprint)
     return Reference(result, f"{description} ({result.count} samples)")
@@ -150,23 +103,19 @@ def full_cost_per_image(model: Any, num_steps: int, settings: SamplingSettings) 
     return cost_per_image(model, PatchSchedule.constant(base_patch_size(model), num_steps), settings)
 
 
-def base_patch_size(model: Any) -> PatchSize:
-    """The pre-trained, most powerful size of a model or a config."""
-    return next(iter(flops.forward_costs(model)))
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """All that the points of one curve have in common.
 
     Raises:
-        ValueError: the reference was computed in other features.
+        ValueError: a reference was computed in other features, or there are features of frames without a reference.
     """
 
     model: Any
     """A flexible model with ``config`` and what the sampler needs."""
     codec: Decoder
     features: FeatureExtractor
+    """Of images, or of whole clips: :class:`~flexidit.metrics.clip_features.ClipFeatures`, or a network for clips."""
     reference: Reference
     settings: SamplingSettings
     full_steps: int
@@ -179,29 +128,43 @@ class Evaluation:
     """What samples are asked for, such as :class:`Prompts`; None: the model's classes in turn."""
     judges: Sequence[Judge] = ()
     """Who compares samples with that: :class:`DigitAgreement`, :class:`CLIPScore`, ..."""
+    frame_features: FeatureExtractor | None = None
+    """For clips, of their frames: :class:`~flexidit.metrics.clip_features.FrameFeatures`; None: not measured."""
+    frame_reference: Reference | None = None
+    """In these features."""
 
     def __post_init__(self) -> None:
-        known = self.reference.statistics.fingerprint
-        if known is not None and known != self.features.fingerprint:
-            raise ValueError(
-                f"the reference was computed with the features {known}, the samples would be with "
-                f"{self.features.fingerprint}; compute the reference again or use its extractor"
-            )
+        if (self.frame_features is None) != (self.frame_reference is None):
+            raise ValueError("features of frames need a reference in them: give frame_features and frame_reference")
+        for features, reference in self._compared:
+            known = reference.statistics.fingerprint
+            if known is not None and known != features.fingerprint:
+                raise ValueError(
+                    f"the reference was computed with the features {known}, the samples would be with "
+                    f"{features.fingerprint}; compute the reference again or use its extractor"
+                )
 
     def curve(self, candidates: Iterable[Candidate], done: Sequence[CurvePoint] = ()) -> Iterator[CurvePoint]:
         """Measure one candidate after the other; each point arrives, equal on all ranks, as soon as it is known.
+
+        Lines that meet in one schedule, as all do at the full budget, share its measurement.
 
         Args:
             candidates: The schedules, from :func:`candidates`.
             done: Points of an earlier, interrupted run: handed out again instead of measured.
         """
+        known = list(done)
         for candidate in candidates:
-            yield find_point(done, self._record(candidate)) or self.measure(candidate)
+            record = self._record(candidate)
+            line = {"series": record.pop("series"), "budget": record.pop("budget")}
+            alike = find_point(known, record)
+            known.append(self.measure(candidate) if alike is None else replace(alike, **line))
+            yield known[-1]
 
     @torch.no_grad()
     def measure(self, candidate: Candidate) -> CurvePoint:
         """Sample, extract, compare. Every rank must call it."""
-        statistics, seconds, num_sampled = FeatureStatistics(), 0.0, 0
+        statistics, seconds, num_sampled = [FeatureStatistics() for _ in self._compared], 0.0, 0
         judges = self._judges
         conditions = classes_of(self.model) if self.conditions is None else self.conditions
         tallies = {name: Tally() for judge in judges for name in judge.measures}
@@ -209,21 +172,34 @@ class Evaluation:
             seconds, num_sampled = seconds + batch.seconds, num_sampled + batch.num_sampled
             if not len(batch.indices):
                 continue
-            statistics.update(self.features(batch.pixels))
+            for own, (features, _) in zip(statistics, self._compared, strict=True):
+                own.update(features(batch.pixels))
             for judge in judges:
                 for name, tally in judge(batch.pixels, conditions.wanted(batch.indices)).items():
                     tallies[name] += tally
         all_seconds, all_sampled = _sum_over_ranks(seconds, num_sampled)
         cost = cost_per_image(self.model, candidate.schedule, self.settings)
         results: dict[str, Any] = {"accuracy": None} | _means_over_ranks(tallies)
+        distances = [
+            _distance(own.gathered(), reference.statistics)
+            for own, (_, reference) in zip(statistics, self._compared, strict=True)
+        ]
         return CurvePoint(
             **self._record(candidate),
             **results,
             relative_flops=cost / full_cost_per_image(self.model, self.full_steps, self.settings),
             flops_per_image=cost,
-            frechet=_distance(statistics.gathered(), self.reference.statistics),
+            frechet=distances[0],
+            frechet_frames=distances[1] if len(distances) > 1 else None,
             seconds_per_image=all_seconds / all_sampled,
         )
+
+    @property
+    def _compared(self) -> list[tuple[FeatureExtractor, Reference]]:
+        """Each extractor with its reference: the evaluator's, and that of frames."""
+        if self.frame_features is None or self.frame_reference is None:
+            return [(self.features, self.reference)]
+        return [(self.features, self.reference), (self.frame_features, self.frame_reference)]
 
     @property
     def _judges(self) -> list[Judge]:
@@ -240,11 +216,11 @@ class Evaluation:
             "num_sampling_steps": len(candidate.schedule),
             "num_samples": settings.num_samples,
             "evaluator": self.features.name,
-            "fingerprint": self.features.fingerprint,
+            "fingerprint": "; ".join(features.fingerprint for features, _ in self._compared),
             "reference": self.reference.description,
             "model": self.model_name,
             "codec": _codec_name(self.codec),
-            "solver": settings.solver,
+            "solver": solver_name(self.model, settings),
             "cfg_scale": settings.cfg_scale,
             "guidance_channels": settings.guidance_channels,
             "precision": str(settings.autocast or dtype_of(self.model)).removeprefix("torch."),
@@ -252,6 +228,7 @@ class Evaluation:
             "batch_size": settings.batch_size,
             "device": _device_name(device_of(self.model)),
             "conditions": "" if self.conditions is None else self.conditions.description,
+            "sample": "clip" if len(self.model.input_size) == 3 else "image",
             "judges": "; ".join(judge.description for judge in self._judges if judge.description),
         }
 

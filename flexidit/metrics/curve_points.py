@@ -24,7 +24,7 @@ class CurvePoint:
     """FLOPs relative to the base patch size throughout at the full number of steps."""
     flops_per_image: int
     frechet: float
-    """Frechet distance to the reference."""
+    """Frechet distance to the reference: of images, or over whole clips."""
     accuracy: float | None
     """Share of samples that the classifier gives their class; None without a classifier."""
     seconds_per_image: float
@@ -56,15 +56,37 @@ class CurvePoint:
     """What was asked for: which prompts; empty for classes in turn."""
     judges: str = ""
     """Who compared the samples with that, where it is not the evaluator itself."""
+    frechet_frames: float | None = None
+    """Frechet distance of single frames; None for images, and where it was not measured."""
+    flicker: float | None = None
+    """Mean temporal flicker in VBench's definition, 1 being none; None for images, and where it was not measured."""
+    smoothness: float | None = None
+    """Mean motion smoothness in VBench's definition; compares with the same interpolator only."""
+    sample: str = "image"
+    """What a sample is, "image" or "clip": what FLOPs and seconds "per image" are of."""
+
+    @property
+    def a_sample(self) -> str:
+        """The same with its article, for labels."""
+        return f"an {self.sample}" if self.sample[0] in "aeiou" else f"a {self.sample}"
 
     def describe(self) -> str:
         """One line that says how the number came about."""
         channels = "" if self.guidance_channels is None else f" on {self.guidance_channels} channels"
-        agreement = "" if self.agreement is None else f", caption agreement {self.agreement:.1%}"
-        clip_score = "" if self.clip_score is None else f", CLIP score {self.clip_score:.2f}"
+        others = "".join(
+            f", {name} {value:{style}}"
+            for name, value, style in (
+                ("per frame", self.frechet_frames, ".4g"),
+                ("caption agreement", self.agreement, ".1%"),
+                ("CLIP score", self.clip_score, ".2f"),
+                ("flicker", self.flicker, ".4f"),
+                ("smoothness", self.smoothness, ".4f"),
+            )
+            if value is not None
+        )
         asked = "".join(f"; {part}" for part in (self.conditions, self.judges) if part)
         return (
-            f"Frechet distance {self.frechet:.4g}{agreement}{clip_score} at {self.relative_flops:.1%} FLOPs: "
+            f"Frechet distance {self.frechet:.4g}{others} at {self.relative_flops:.1%} FLOPs: "
             f"{self.evaluator}; reference {self.reference}; {self.num_samples} samples{asked}; {self.solver}, "
             f"{self.num_sampling_steps} steps ({self.schedule}); guidance {self.cfg_scale:g}{channels}; {self.codec}; "
             f"{self.precision}; seed {self.seed}"
@@ -83,7 +105,7 @@ def write_csv(points: Iterable[CurvePoint], path: str | os.PathLike[str]) -> Non
 def read_csv(path: str | os.PathLike[str]) -> list[CurvePoint]:
     """Inverse of :func:`write_csv`; no points where there is no file.
 
-    Files of class-conditional curves from before there were prompts lack the columns about them, and are read too.
+    Files from before there were prompts, or clips, lack the columns about them, and are read too.
 
     Raises:
         ValueError: the file has other columns.
@@ -118,6 +140,9 @@ _READ: dict[str, Callable[[str], Any]] = {
     "batch_size": int,
     "agreement": _optional(float),
     "clip_score": _optional(float),
+    "frechet_frames": _optional(float),
+    "flicker": _optional(float),
+    "smoothness": _optional(float),
 }
 
 

@@ -35,7 +35,10 @@ class SamplingSettings:
     """Samples N per point; a Frechet distance falls with N, so compare at equal N only."""
     batch_size: int = 64
     """Samples in one forward pass (twice as many sequences with guidance)."""
-    solver: str = "ddpm"
+    solver: str | None = None
+    """See :class:`~flexidit.sampling.sampler.Sampler`; None: that of the model's process."""
+    time_shift: float | None = None
+    """Of a flow, how far noise levels are shifted; None: as in training."""
     cfg_scale: float = 1.0
     """Classifier-free guidance; 1: none."""
     guidance_channels: int | None = None
@@ -117,10 +120,16 @@ def make_sampler(model: Any, schedule: PatchSchedule, settings: SamplingSettings
         model,
         settings.solver,
         schedule=schedule,
+        time_shift=settings.time_shift,
         cfg_scale=settings.cfg_scale,
         guidance_channels=settings.guidance_channels,
         autocast=settings.autocast,
     )
+
+
+def solver_name(model: Any, settings: SamplingSettings) -> str:
+    """The solver that these settings come to, in words, for records."""
+    return make_sampler(model, PatchSchedule.constant(model.patch_sizes[0], 1), settings).solver_name
 
 
 def _decode(codec: Decoder, latents: Tensor) -> Tensor:

@@ -69,7 +69,14 @@ def _convolution(in_channels: int, channels: int, stride: int = 1) -> nn.Sequent
 
 
 def train_digit_classifier(
-    x: Tensor, y: Tensor, seed: int = 0, *, num_epochs: int = 20, batch_size: int = 64, peak_lr: float = 3e-3
+    x: Tensor,
+    y: Tensor,
+    seed: int = 0,
+    *,
+    num_epochs: int = 20,
+    batch_size: int = 64,
+    peak_lr: float = 3e-3,
+    num_classes: int = 10,
 ) -> DigitClassifier:
     """Train on CPU: a pure function of its arguments, a few seconds for 1,400 digits of 8x8 pixels.
 
@@ -77,11 +84,12 @@ def train_digit_classifier(
 
     Args:
         x: Pixels (N, 1, H, W) in [-1, 1].
-        y: Labels (N,), 0 to 9.
+        y: Labels (N,), from 0 on.
         seed: Decides initial weights and order.
         num_epochs: Passes over the data.
         batch_size: Images per step.
         peak_lr: Highest learning rate of a one-cycle schedule.
+        num_classes: Number of labels that there are.
 
     Returns:
         The classifier, in evaluation mode, without gradients.
@@ -94,7 +102,7 @@ def train_digit_classifier(
     x, y = x.cpu(), y.cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = DigitClassifier().train()
+        classifier = DigitClassifier(num_classes).train()
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=peak_lr, weight_decay=1e-2)
         num_steps = num_epochs * -(-len(x) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=num_steps)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from flexidit.config import DiTConfig
 from flexidit.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, join_vectors
-from flexidit.models.transformer import FlexiTransformer, pad
+from flexidit.models.positioned import PositionedTransformer
+from flexidit.models.transformer import pad
 from flexidit.patch_size import PatchSize
 from flexidit.token_layout import TokenLayout
 
 
-class DiT(FlexiTransformer):
+class DiT(PositionedTransformer):
     """Predicts the noise (and the variance) in latents: (N, C, H, W), (N,), (N,) -> (N, O, H, W).
 
     The condition ``y`` is a class label; see :class:`FlexiTransformer` for the call.
@@ -35,10 +36,8 @@ class DiT(FlexiTransformer):
         width = config.hidden_size
         self.t_embedder = TimestepEmbedder(width, frequency_shift=config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, width, config.class_dropout_prob)
-        num_tokens = config.patch_size.num_tokens(config.input_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width), requires_grad=False)
         self.blocks = nn.ModuleList(
-            DiTBlock(width, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
+            DiTBlock(width, config.num_heads, config.mlp_width, config.mlp_norm_eps) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(width, self.out_channels, config.patch_size)
         self.size_embedder = nn.ParameterDict()
@@ -60,8 +59,7 @@ class DiT(FlexiTransformer):
             nn.init.zeros_(gated.adaLN_modulation[1].bias)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
-        with torch.no_grad():
-            self.pos_embed.copy_(self.computed_positions(self.base_patch_size, self.input_size))
+        self.initialize_positions()
 
     def embed_condition(self, t: Tensor, y: Tensor, size: Sequence[int]) -> Tensor:
         """(N,), (N,) -> (N, D)."""

@@ -1,10 +1,12 @@
 """Text-conditional diffusion transformer with cross-attention and adaLN-single, at one or several patch sizes.
 
 It is PixArt-alpha (Chen et al. 2023), whose module names it has, the paper's "T2I Transf."; with ``qk_norm`` and
-learned positions it is the paper's Emu (appendix C.2).
+learned positions it is the paper's Emu (appendix C.2); with latents of three axes its Video DiT (section 4.3): tokens
+of all frames attend to one another.
 
-Shape legend: N batch, H W latent height and width, T tokens, L caption tokens, E width of the text encoder, D hidden
-size, P positions under one patch, O output channels, M sequences of all segments of a pass.
+Shape legend: N batch, F H W latent frames, height and width (images have no F axis), T tokens, L caption tokens, E
+width of the text encoder, D hidden size, P positions under one patch, O output channels, M sequences of all segments
+of a pass, f h w patches along time, height and width.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from torch.distributed.tensor import DTensor
 from flexidit.conditions import CaptionKeys, Captions
 from flexidit.config import TextDiTConfig
 from flexidit.layers import TimestepEmbedder, join_vectors
-from flexidit.models.transformer import FlexiTransformer, pad
+from flexidit.models.positioned import PositionedTransformer
+from flexidit.models.transformer import pad
 from flexidit.patch_size import PatchSize
 from flexidit.text_layers import (
     CaptionEmbedder,
+    CaptionState,
     CaptionTokens,
     CrossAttention,
     SizeEmbedder,
@@ -39,26 +43,11 @@ class _Conditioning(NamedTuple):
     """(N, D)."""
     modulation: Tensor
     """(N, 6 * D), for all blocks."""
-    hidden: Tensor | None
-    """(N, L, D) projected captions; None if each block's keys and values are there."""
-    keys_values: tuple[Tensor, ...]
-    """(N, L, 2 * D) for each block, or empty."""
-    mask: Tensor
-    """(N, L) bool."""
-
-    def tokens(self, block: int, num_sequences: int) -> CaptionTokens:
-        """For one block; sequences that packing has added see a copy of the last caption."""
-        rows = torch.arange(num_sequences, device=self.mask.device).clamp(max=len(self.mask) - 1)
-        values = self.keys_values[block] if self.keys_values else self.hidden
-        assert values is not None
-        mask = self.mask[:, None, None]
-        if num_sequences != len(mask):
-            values, mask = values[rows], mask[rows]
-        return CaptionTokens(None, values, mask) if self.keys_values else CaptionTokens(values, None, mask)
+    captions: CaptionState
 
 
-class TextDiT(FlexiTransformer):
-    """Predicts the noise (and the variance) in latents: (N, C, H, W), (N,), N captions -> (N, O, H, W).
+class TextDiT(PositionedTransformer):
+    """Predicts the noise (and the variance) in latents: (N, C, [F,] H, W), (N,), N captions -> (N, O, [F,] H, W).
 
     The condition ``y`` is :class:`Captions`, or :class:`CaptionKeys` from :meth:`prepare`.
     """
@@ -74,10 +63,9 @@ class TextDiT(FlexiTransformer):
         self.y_embedder = CaptionEmbedder(config.caption_channels, width, null_length)
         if config.micro_conditions:
             self.csize_embedder, self.ar_embedder = SizeEmbedder(width // 3), SizeEmbedder(width // 3)
-        num_tokens = (config.patch_size if config.computes_positions else self._unit).num_tokens(config.input_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width), requires_grad=not config.computes_positions)
         self.blocks = nn.ModuleList(
-            TextDiTBlock(width, config.num_heads, config.mlp_ratio, qk_norm=config.qk_norm) for _ in range(config.depth)
+            TextDiTBlock(width, config.num_heads, config.mlp_width, mlp=config.mlp, qk_norm=config.qk_norm)
+            for _ in range(config.depth)
         )
         self.final_layer = TextFinalLayer(width, self.out_channels, config.patch_size)
         self.size_embedder = nn.ParameterDict()
@@ -103,24 +91,20 @@ class TextDiT(FlexiTransformer):
             nn.init.zeros_(cast(TextDiTBlock, block).cross_attn.proj.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
-        with torch.no_grad():
-            if self.config.computes_positions:
-                self.pos_embed.copy_(self.computed_positions(self.base_patch_size, self.input_size))
-            else:
-                nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.initialize_positions()
 
-    def coordinates(self, patch_size: PatchSize, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of the patches, in units of the base grid: (h,), (w,) float64.
+    def coordinates(self, patch_size: PatchSize, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the patches along time, height and width, in units of the base grid: (f,), (h,), (w,) float64.
 
-        Any latent size spans the extent of the configured one, divided by ``position_scale``, as in PixArt
-        (``lewei_scale``) and in diffusers (``interpolation_scale``).
+        In space any latent size spans the extent of the configured one, divided by ``position_scale``, as in PixArt
+        (``lewei_scale``) and in diffusers (``interpolation_scale``). Frames are as far apart in clips of any length.
         """
-        axes = super().coordinates(patch_size, size)
+        frames, *axes = super().coordinates(patch_size, size)
         unit = patch_size if self._placement == "grid" else self._unit
         own, configured = unit.grid(size)[1:], unit.grid(self.input_size)[1:]
         each = zip(axes, configured, own, strict=True)
         rows, columns = (axis * (span / (count * self.config.position_scale)) for axis, span, count in each)
-        return rows, columns
+        return frames, rows, columns
 
     def embed_condition(self, t: Tensor, y: Captions | CaptionKeys, size: Sequence[int]) -> _Conditioning:
         """(N,), N captions, latent size."""
@@ -128,8 +112,9 @@ class TextDiT(FlexiTransformer):
         if self.config.micro_conditions:
             time = time + self._embed_image_size(y, size).to(time.dtype)
         if isinstance(y, CaptionKeys):
-            return _Conditioning(time, self.t_block(time), None, y.keys_values, y.mask)
-        return _Conditioning(time, self.t_block(time), self.y_embedder(y.embeddings, y.mask), (), y.mask)
+            return _Conditioning(time, self.t_block(time), CaptionState(None, y.keys_values, y.mask))
+        hidden = self.y_embedder(y.embeddings, y.mask)
+        return _Conditioning(time, self.t_block(time), CaptionState(hidden, (), y.mask))
 
     def block_arguments(
         self, conditions: Sequence[_Conditioning], layout: TokenLayout
@@ -138,7 +123,7 @@ class TextDiT(FlexiTransformer):
         counts = [segment.num_sequences for segment in layout.segments]
         modulation = join_vectors(pad(c.modulation, count) for c, count in zip(conditions, counts, strict=True))
         for block in range(len(self.blocks)):
-            yield modulation, [c.tokens(block, count) for c, count in zip(conditions, counts, strict=True)]
+            yield modulation, [c.captions.tokens(block, count) for c, count in zip(conditions, counts, strict=True)]
 
     def project(self, tokens: Tensor, condition: _Conditioning, patch_size: PatchSize) -> Tensor:
         """(N, T, D) -> (N, T, P * O)."""

@@ -1,7 +1,8 @@
-"""What the model families share: patch sizes, tokens with their positions, blocks over one or several batches.
+"""What the model families share: patch sizes, tokens, blocks over one or several batches.
 
-Shape legend: N batch, C channels, H W latent height and width, T tokens, D hidden size, P positions under one patch,
-O output channels (2 C with a learned variance, else C).
+Shape legend: N batch, C channels, F H W latent frames, height and width (images have no F axis), T tokens, D hidden
+size, P positions under one patch, O output channels (2 C with a learned variance, else C), f h w patches along time,
+height and width.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from flexidit.config import Positions, TransformerConfig
 from flexidit.layers import attention_masks, join_tokens, split_tokens
-from flexidit.patch_embed import PatchEmbed, unpatchify
+from flexidit.patch_embed import PatchEmbed, PatchUnembed, unpatchify
 from flexidit.patch_size import PatchSize, PatchSizeLike
-from flexidit.positions import interpolate_table, patch_centres, sincos_2d
+from flexidit.positions import patch_centres
 from flexidit.token_layout import Packing, Segment, TokenLayout, split_attention
 
 
 class FlexiTransformer(nn.Module, ABC):
-    """Predicts the noise (and the variance) in latents: (N, C, H, W), (N,), N conditions -> (N, O, H, W).
+    """Predicts the noise (and the variance) in latents: (N, C, [F,] H, W), (N,), N conditions -> (N, O, [F,] H, W).
 
     ``patch_size`` is a keyword without default at every call: which prediction is cheap and which is good is the
     caller's decision, and a forgotten argument must not quietly choose. No condition is dropped in here either: which
@@ -35,10 +36,11 @@ class FlexiTransformer(nn.Module, ABC):
     """
 
     can_pack = True  # takes several batches in one call; see forward
+    adapted_layers: Sequence[str] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    """Linear layers of a block that adapters are attached to: self-attention and feed-forward. Cross-attention stays as
+    it is (paper, Fig. 5 and appendix C.2)."""
     config: TransformerConfig
-    pos_embed: Tensor
     blocks: nn.ModuleList
-    final_layer: Any
     size_embedder: nn.ParameterDict
     """One vector per patch size that ``flexify`` gave one."""
 
@@ -46,7 +48,16 @@ class FlexiTransformer(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
+
+    @property
+    @abstractmethod
+    def embedding(self) -> PatchEmbed:
+        """Patches to tokens."""
+
+    @property
+    @abstractmethod
+    def unembedding(self) -> PatchUnembed:
+        """Tokens to patches."""
 
     @property
     def base_patch_size(self) -> PatchSize:
@@ -102,7 +113,7 @@ class FlexiTransformer(nn.Module, ABC):
         """One batch at one patch size; or several, in lists of equal length, in one pass through the blocks.
 
         Args:
-            x: (N, C, H, W).
+            x: (N, C, H, W), of clips (N, C, F, H, W).
             t: (N,).
             y: N conditions: (N,) labels, or captions.
             patch_size: one of ``patch_sizes``.
@@ -117,8 +128,8 @@ class FlexiTransformer(nn.Module, ABC):
         return self._predict(x, t, y, patch_size, packing)
 
     def tokenize(self, x: Tensor, patch_size: PatchSize) -> Tensor:
-        """Embedded patches with position and size: (N, C, H, W) -> (N, T, D)."""
-        tokens = self.x_embedder(x, patch_size=patch_size) + self.positions(patch_size, x.shape[2:])
+        """Embedded patches, with the vector of their size: (N, C, [F,] H, W) -> (N, T, D)."""
+        tokens = self.embedding(x, patch_size=patch_size)
         if patch_size.name in self.size_embedder:
             tokens = tokens + self.size_embedder[patch_size.name]
         return tokens
@@ -131,43 +142,23 @@ class FlexiTransformer(nn.Module, ABC):
             raise ValueError(f"this model has no patch size {parsed.name}, only {known}; flexify() adds sizes")
         return parsed
 
+    def plain_tables(self, patch_size: PatchSize) -> dict[str, Tensor]:
+        """The tables of positions that one patch size has as a plain model, by their names in its state dict."""
+        return {}
+
+    def thaw(self) -> None:
+        """Train everything that is not computed."""
+        self.requires_grad_(True)
+
     def reset_derived(self) -> None:
         """Recompute what is derived from the config and never saved: resize matrices, positions of weak patches."""
-        for layer in (self.x_embedder, self.final_layer.linear):
+        for layer in (self.embedding, self.unembedding):
             layer.reset_derived()
-        if self.config.computes_positions:
-            for size in self.patch_sizes[1:]:
-                table = self.computed_positions(size, self.input_size)
-                self.register_buffer(f"pos_embed_{size.name}", table, persistent=False)
 
-    def positions(self, patch_size: PatchSize, size: Sequence[int]) -> Tensor:
-        """(1, T, D); computed here only for a latent size other than the configured one, or from a learned table."""
-        is_native = tuple(size) == self.input_size
-        if not self.config.computes_positions:
-            return self._read_positions(patch_size, size, is_native)
-        if is_native and patch_size == self.base_patch_size:
-            return self.pos_embed
-        if is_native:
-            return getattr(self, f"pos_embed_{patch_size.name}")
-        return self.computed_positions(patch_size, size)
-
-    def _read_positions(self, patch_size: PatchSize, size: Sequence[int], is_native: bool) -> Tensor:
-        """From a learned table, which is that of the unit's grid."""
-        if is_native and patch_size == self._unit:
-            return self.pos_embed
-        rows, columns = self.coordinates(patch_size, size)
-        return interpolate_table(self.pos_embed, self._unit.grid(self.input_size)[1:], rows, columns)
-
-    def computed_positions(self, patch_size: PatchSize, size: Sequence[int]) -> Tensor:
-        """Sines and cosines at the patches' coordinates: (1, T, D)."""
-        rows, columns = self.coordinates(patch_size, size)
-        return sincos_2d(rows, columns, self.config.hidden_size).to(self.pos_embed.dtype).unsqueeze(0)
-
-    def coordinates(self, patch_size: PatchSize, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of the patches along height and width, in units of the base grid: (h,), (w,) float64."""
-        device = self.pos_embed.device
-        _, rows, columns = patch_centres(size, patch_size, self._unit, positions=self._placement, device=device)
-        return rows, columns
+    def coordinates(self, patch_size: PatchSize, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the patches along time, height and width, in units of the base grid: (f,), (h,), (w,) float64."""
+        device = next(self.parameters()).device
+        return patch_centres(size, patch_size, self._unit, positions=self._placement, device=device)
 
     @property
     def _placement(self) -> Positions:
@@ -192,7 +183,7 @@ class FlexiTransformer(nn.Module, ABC):
         tokens = self._run_blocks(tokens, conditions, sizes, packing)
         parts = zip(tokens, conditions, sizes, x, strict=True)
         out = ((self.project(h, condition, size), size, xi.shape[2:]) for h, condition, size, xi in parts)
-        return [unpatchify(patches, size, latent_size) for patches, size, latent_size in out]  # (N, O, H, W) each
+        return [unpatchify(patches, size, latent_size) for patches, size, latent_size in out]  # (N, O, [F,] H, W) each
 
     def _run_blocks(
         self, tokens: Sequence[Tensor], conditions: Sequence[Any], sizes: Sequence[PatchSize], packing: Packing

@@ -1,7 +1,7 @@
 """One sampling loop, for any model, schedule of patch sizes, guidance and diffusers solver.
 
 Shape legend: N samples, n samples in one batch, C latent channels, H W latent height and width (F H W for clips).
-Time runs from t = num_train_timesteps - 1 (noise) to t = 0 (data).
+Time runs from t = num_train_timesteps - 1 (noise) to t = 0 (data); of a flow, from num_train_timesteps.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexidit.conditions import Captions, Condition
 from flexidit.patch_size import PatchSize
 from flexidit.sampling import solvers
 from flexidit.sampling.batches import Batch, draw_batches, draw_seeds
+from flexidit.sampling.denoiser import Denoiser, device_of, dtype_of, eval_mode, process_of, time_shift_of
 from flexidit.sampling.guidance import (
     Branch,
     BranchConditions,
@@ -31,36 +32,6 @@ from flexidit.sampling.guidance import (
 from flexidit.sampling.packing import PackingDenoiser, PackingName, packing_of
 from flexidit.sampling.schedule import PatchSchedule, ScheduleStep
 from flexidit.token_layout import BlockWork, Packing, Segment
-
-
-class Denoiser(Protocol):
-    """What the sampler needs of a model; ``flexidit.models`` satisfies it, and so does any callable with these.
-
-    One that says ``can_pack = True`` is a :class:`PackingDenoiser` as well. One with ``prepare(y)`` is called with
-    what that returns, computed once per batch of a run.
-    """
-
-    @property
-    def patch_sizes(self) -> Sequence[PatchSize]:
-        """Every size it accepts, base first."""
-
-    @property
-    def in_channels(self) -> int:
-        """C."""
-
-    @property
-    def learn_sigma(self) -> bool:
-        """Whether it returns 2C channels, the last C being the variance."""
-
-    @property
-    def input_size(self) -> Sequence[int]:
-        """Latent size (H, W) or (F, H, W)."""
-
-    def null_condition(self, y: Any) -> Any:
-        """Conditions of the unconditional prediction, as many as ``y``; not asked for where negative ones are given."""
-
-    def __call__(self, x: Tensor, t: Tensor, y: Any, *, patch_size: PatchSize) -> Tensor:
-        """(n, C, H, W), (n,), n conditions -> (n, C or 2C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +77,14 @@ class Sampler:
     def __init__(
         self,
         model: Denoiser,
-        solver: str | solvers.Solver = "ddpm",
+        solver: str | solvers.Solver | None = None,
         *,
         schedule: PatchSchedule,
         cfg_scale: float = 1.0,
         weak_guidance_scale: float | None = None,
         guidance_channels: int | None = None,
         num_train_timesteps: int = 1000,
+        time_shift: float | None = None,
         packing: PackingName = "separate",
         autocast: torch.dtype | None = None,
         cache_captions: bool = True,
@@ -121,8 +93,9 @@ class Sampler:
         """Set up sampling; nothing runs yet.
 
         Args:
-            model: predicts the noise, and the variance if ``model.learn_sigma``.
-            solver: "ddpm", "ddim", "dpm++", "sa" or a diffusers scheduler; see :func:`solvers.make_solver`.
+            model: predicts the noise, and the variance if ``model.learn_sigma``; or the velocities of a flow.
+            solver: "ddpm", "ddim", "dpm++", "sa" or a diffusers scheduler; for a flow "unipc", "euler", "dpm++" or a
+                diffusers scheduler of flows; see :func:`solvers.make_solver`. ``None``: the first of these.
             schedule: patch size of each step; its length is the number of steps.
             cfg_scale: classifier-free guidance at steps whose two patch sizes are equal; 1.0: none, and no
                 guiding call is made.
@@ -130,6 +103,7 @@ class Sampler:
                 by the paper's rule; 1.0: none.
             guidance_channels: guide only the first so many latent channels; ``None``: all, 3: official DiT.
             num_train_timesteps: length of the noise schedule that the model was trained on.
+            time_shift: of a flow, how far its noise levels are shifted towards noise; ``None``: as in training.
             packing: how the predictions of a step with two patch sizes become forward passes; see :mod:`.packing`.
             autocast: run the model under autocast to this dtype; ``None``: in the dtype of its parameters.
             cache_captions: compute keys and values of cross-attention once per batch of a run, not at every step; the
@@ -142,12 +116,15 @@ class Sampler:
                 a packing for a model that cannot pack.
         """
         self.model = model
-        self.solver = solver
+        self.process = process_of(model)
+        self.solver = solvers.default_solver(self.process) if solver is None else solver
         self.schedule = schedule
         self.cfg_scale = cfg_scale
         self.weak_guidance_scale = coupled_weak_scale(cfg_scale) if weak_guidance_scale is None else weak_guidance_scale
         self.guidance_channels = guidance_channels
         self.num_train_timesteps = num_train_timesteps
+        is_told = time_shift is None and self.process == "flow" and isinstance(self.solver, str)
+        self.time_shift = time_shift_of(model) if is_told else time_shift
         self.packing = packing
         self.autocast = autocast
         self.cache_captions = cache_captions
@@ -155,6 +132,11 @@ class Sampler:
         self.trace: list[Call] = []
         """What the latest call ran, batch after batch; ``flops.trace_cost`` prices it."""
         self._check()
+
+    @property
+    def solver_name(self) -> str:
+        """The solver in words, for records."""
+        return solvers.describe(self.solver, self.time_shift)
 
     @property
     def is_guided(self) -> bool:
@@ -205,14 +187,14 @@ class Sampler:
         Raises:
             ValueError: noise, sizes or negative conditions that do not fit, or a batch size below one.
         """
-        home = _device_of(self.model) if device is None else torch.device(device)
+        home = device_of(self.model) if device is None else torch.device(device)
         y = y if isinstance(y, Captions) else torch.as_tensor(y)
         if negative is not None:
             check_negative(y, negative)
         shape = (len(y), self.model.in_channels, *self._latent_size(size, noise, len(y)))
         seeds = draw_seeds(len(y), generator)
         self.trace = []
-        with _eval_mode(self.model), _progress_bar(self.progress) as advance:
+        with eval_mode(self.model), _progress_bar(self.progress) as advance:
             batches = [
                 self._run_batch(batch, on_step, advance)
                 for batch in draw_batches(y, negative, seeds, noise, shape, batch_size, home)
@@ -249,6 +231,8 @@ class Sampler:
     def _predict(self, index: int, step: ScheduleStep, x: Tensor, timestep: Tensor, told: BranchConditions) -> Tensor:
         """Guided prediction of one step, (n, C or 2C, H, W) float32; records its calls."""
         value = timestep.item()  # on the CPU, so no device waits
+        if self.process == "flow":
+            value = float(value)  # whole numbers of some solvers too: one type of t, and one compiled graph
         t = torch.full((len(x),), value, device=x.device)  # (n,)
 
         def forward(x: Tensor, t: Tensor, y: Condition, *, patch_size: PatchSize, branch: Branch) -> Tensor:
@@ -270,14 +254,14 @@ class Sampler:
     def _forward(self, x: Tensor, t: Tensor, y: Condition, patch_size: PatchSize) -> Tensor:
         """The model in its own dtype, its answer in float32, where guidance and solver work."""
         with self._cast(x.device):
-            output = self.model(x.to(_dtype_of(self.model)), t, y, patch_size=patch_size)
+            output = self.model(x.to(dtype_of(self.model)), t, y, patch_size=patch_size)
         return output.to(torch.float32, copy=True)  # a CUDA graph overwrites its output at the next call
 
     def _forward_packed(
         self, x: Tensor, t: Tensor, y: Condition, patch_sizes: Sequence[PatchSize], packing: Packing
     ) -> list[Tensor]:
         """The predictions of several sizes for the same latents, in one pass; otherwise as :meth:`_forward`."""
-        model, x, count = cast(PackingDenoiser, self.model), x.to(_dtype_of(self.model)), len(patch_sizes)
+        model, x, count = cast(PackingDenoiser, self.model), x.to(dtype_of(self.model)), len(patch_sizes)
         with self._cast(x.device):
             outputs = model([x] * count, [t] * count, [y] * count, patch_size=patch_sizes, packing=packing)
         return [output.to(torch.float32, copy=True) for output in outputs]
@@ -294,6 +278,8 @@ class Sampler:
             len(self.schedule),
             num_train_timesteps=self.num_train_timesteps,
             learn_sigma=self.model.learn_sigma,
+            process=self.process,
+            time_shift=self.time_shift,
         )
 
     def _latent_size(self, size: Sequence[int] | None, noise: Tensor | None, num_samples: int) -> tuple[int, ...]:
@@ -340,30 +326,6 @@ def _packed_calls(
         Call(index, timestep, size, branch, len(x), layout.work(segment), told.prepared_for(index, branch))
         for segment, (size, branch) in enumerate(branches)
     ]
-
-
-def _device_of(model: Denoiser) -> torch.device:
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _dtype_of(model: Denoiser) -> torch.dtype:
-    """That of its floating-point parameters; float32 for a plain callable."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
-
-
-@contextmanager
-def _eval_mode(model: Denoiser) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each submodule is in the mode it was in (frozen parts may be in eval)."""
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    if isinstance(model, nn.Module):
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -47,6 +47,7 @@ def test_articles():
         ("A BOLD seven, leaning to the right.", DigitAttributes(7, weight="bold", slant="right")),
         ("a right-leaning thick 7", DigitAttributes(7, weight="bold", slant="right")),
         ("a small straight light three", DigitAttributes(3, weight="thin", slant="upright", size="narrow")),
+        ("a seven that leans backward", DigitAttributes(7, slant="left")),
         ("a big, wide zero", DigitAttributes(0, size="wide")),
     ],
 )

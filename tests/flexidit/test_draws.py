@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flexidit.draws import Draw, draw_choice, draw_flip, draw_noise
+from flexidit.draws import Draw, draw_choice, draw_flip, draw_noise, draw_uniform
 
 
 def test_noise_is_a_pure_function():
@@ -42,3 +42,13 @@ def test_one_thing_is_always_chosen_and_the_flip_does_not_decide():
     assert {draw_choice(0, Draw(sample), 1) for sample in range(20)} == {0}
     same = [draw_flip(0, Draw(sample)) == bool(draw_choice(0, Draw(sample), 2)) for sample in range(1000)]
     assert abs(sum(same) / 1000 - 0.5) < 0.06
+
+
+def test_uniform_numbers_are_a_pure_function_of_seed_epoch_and_sample():
+    draws = [Draw(sample, epoch) for sample in range(200) for epoch in range(2)]
+    numbers = torch.tensor([draw_uniform(0, draw, 5).tolist() for draw in draws])
+    assert len(numbers.unique(dim=0)) == len(draws)
+    assert abs(numbers.mean() - 0.5) < 0.03 and numbers.min() >= 0 and numbers.max() < 1
+    assert torch.corrcoef(numbers.T).fill_diagonal_(0).abs().max() < 0.2
+    assert draw_uniform(0, draws[3], 2).tolist() == draw_uniform(0, draws[3], 5)[:2].tolist()
+    assert draw_uniform(1, draws[3], 2).tolist() != draw_uniform(0, draws[3], 2).tolist()

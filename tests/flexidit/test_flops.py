@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexidit import PatchSchedule, PatchSize, Sampler, create_model, flexify
 from flexidit.conditions import Captions, Condition
-from flexidit.config import DiTConfig, FlexConfig, TextDiTConfig, TransformerConfig
+from flexidit.config import CaptionedConfig, DiTConfig, FlexConfig, TransformerConfig
 from flexidit.flops import (
     batch_flops,
     caption_flops,
@@ -48,7 +48,7 @@ def counted(model: torch.nn.Module, patch_size: PatchSize, size: tuple[int, int]
 
 def condition(config: TransformerConfig) -> Condition:
     """One, on the meta device."""
-    if not isinstance(config, TextDiTConfig):
+    if not isinstance(config, CaptionedConfig):
         return torch.zeros(1, dtype=torch.long, device="meta")
     shape = (1, config.caption_length, config.caption_channels)
     return Captions(torch.empty(shape, device="meta"), torch.ones(shape[:2], dtype=torch.bool, device="meta"))
@@ -91,6 +91,47 @@ def test_equals_the_counter_for_every_patch_size(name, size, patch_size):
         model = create_model(name, patch_size=patch_size, input_size=size, depth=1, learn_sigma=patch_size.volume > 8)
     student = replace(model.config, patch_size=POWERFUL)
     assert forward_flops(student, patch_size, size) == counted(model, patch_size, size)
+
+
+@pytest.mark.parametrize("size", [(32, 48, 88), (21, 45, 80)])
+@pytest.mark.parametrize("patch_size", ["2x2x2", "1x4x4", "2x4x4"])
+def test_equals_the_counter_for_every_mode_of_the_video_dit(size, patch_size):
+    patch_size = PatchSize.parse(patch_size)
+    with torch.device("meta"):
+        model = create_model("VideoDiT-4.9B", patch_size=patch_size, input_size=size, depth=1)
+    student = replace(model.config, patch_size=POWERFUL)
+    assert forward_flops(student, patch_size, size) == counted(model, patch_size, size)
+
+
+@pytest.mark.parametrize("size", [(20, 60, 104), (21, 45, 81)])
+@pytest.mark.parametrize("patch_size", ["1x2x2", "2x2x2", "1x4x4", "2x4x4"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_equals_the_counter_for_every_mode_of_wan(size, patch_size, prepared):
+    patch_size = PatchSize.parse(patch_size)
+    with torch.device("meta"):
+        model = create_model("Wan-1.3B", patch_size=patch_size, input_size=size, depth=2)
+    student = replace(model.config, patch_size=POWERFUL)
+    work = "once" if prepared else "every_step"
+    assert forward_flops(student, patch_size, size, captions=work) == counted(model, patch_size, size, prepared)
+
+
+@pytest.mark.parametrize("size", [(4, 8, 8), (5, 7, 6)])
+@pytest.mark.parametrize("patch_size", ["1x2x2", "2x2x2", "1x4x4", "2x4x4"])
+def test_equals_the_counter_with_the_adapters_of_wan(size, patch_size):
+    student = flexify(create_model("Wan-Tiny"), patch_sizes=["2x2x2", "1x4x4", "2x4x4"], recipe="lora", rank=3)
+    merged, student, patch_size = MergedModel(student).to("meta"), student.to("meta"), PatchSize.parse(patch_size)
+    assert forward_flops(student, patch_size, size, merged=False) == counted(student, patch_size, size)
+    assert forward_flops(student, patch_size, size) == counted(merged, patch_size, size)
+
+
+def test_the_spatial_mode_reaches_the_quarter_of_the_paper():
+    """READING.md: 25.2 % "is reached with the spatial weak mode": about 217 of the 250 DDPM steps are weak."""
+    video = variant_config("VideoDiT-4.9B")
+    schedule = PatchSchedule.parse("1x4x4:216,1x2x2:34/1x4x4:217,1x2x2:33")
+    assert schedule_cost(video, schedule).relative == pytest.approx(0.252, abs=0.0005)
+    assert schedule_for_budget(video, 0.252, 250, weak="1x4x4").stages()[0][1] == 217
+    temporal = forward_flops(video, "2x2x2") / forward_flops(video, 2)
+    assert temporal > 0.34  # the temporal mode alone cannot reach it
 
 
 @pytest.mark.parametrize("patch_size", [2, 4, 8])

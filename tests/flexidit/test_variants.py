@@ -31,6 +31,15 @@ def test_emu_has_about_as_many_parameters_as_the_paper_says() -> None:
     assert 1.5e9 < sum(p.numel() for p in model.parameters()) < 1.8e9
 
 
+def test_wans_have_the_published_numbers_of_parameters() -> None:
+    """825 tensors with 1,418,996,800 parameters in diffusers' WanTransformer3DModel; "14B" is 14.3 billion."""
+    with torch.device("meta"):
+        small, large = create_model("Wan-1.3B"), create_model("Wan-14B")
+    assert len(small.state_dict()) == 825 and sum(p.numel() for p in small.parameters()) == 1_418_996_800
+    assert small.config.mlp_width == 8960 and large.config.mlp_width == 13824
+    assert sum(p.numel() for p in large.parameters()) == pytest.approx(14.3e9, rel=0.01)
+
+
 def test_overrides() -> None:
     config = variant_config("DiT-S/4", input_size=(8, 12), hidden_size=48, num_heads=4)
     assert (config.input_size, config.hidden_size, config.patch_size.name) == ((8, 12), 48, "1x4x4")
@@ -42,4 +51,4 @@ def test_unknown_names_and_fields_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="did you mean 'hidden_size'"):
         create_model("DiT-S/2", hidden_sizes=3)
     with pytest.raises(ValueError, match="input_size"):
-        create_model("DiT-S/2", input_size=(8, 8, 8))
+        create_model("DiT-S/2", input_size=(8, 8, 8, 8))

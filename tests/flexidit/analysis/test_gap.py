@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexidit import create_model, flexify
 from flexidit.analysis.gap import weak_powerful_gap
+from flexidit.diffusion.flow import RectifiedFlow
 from flexidit.diffusion.gaussian import GaussianDiffusion
 from flexidit.patch_size import PatchSize
 
@@ -29,6 +30,13 @@ def test_the_gap_is_the_mean_squared_difference_of_the_noise_predictions() -> No
     assert list(gap) == [WEAK, WEAKEST]
     torch.testing.assert_close(gap[WEAK], torch.tensor([0.4**2, 2.0**2]))
     torch.testing.assert_close(gap[WEAKEST], torch.tensor([0.8**2, 4.0**2]))
+
+
+def test_a_model_of_a_flow_is_told_the_times_of_the_flow() -> None:
+    """By t / 1000 times the side, at t = 1000 sigma: index 499 is level 0.75 at a shift of 3."""
+    x = torch.randn(3, 2, 8, 8)
+    gap = weak_powerful_gap(Shifted(), RectifiedFlow(shift=3.0), x, torch.zeros(3), torch.randn_like(x), (499, 999))
+    torch.testing.assert_close(gap[WEAK], torch.tensor([3.0**2, 4.0**2]))
 
 
 def test_there_is_no_gap_where_both_predict_nothing() -> None:

@@ -59,6 +59,15 @@ def test_warming_up_runs_each_kind_of_step_once(model: DiT, monkeypatch: pytest.
     assert calls == [6]
 
 
+def test_warming_up_a_flow_uses_one_of_its_solvers() -> None:
+    times: list[torch.Tensor] = []
+    model = create_model("DiT-Tiny/2", input_size=8, num_classes=10, process="flow", learn_sigma=False)
+    model.register_forward_hook(lambda module, args, output: times.append(args[1]))
+    loaded = setup.LoadedModel(model, "", torch.device("cpu"), None, merged=False, is_compiled=True)
+    setup.warm_up(loaded, PatchSchedule.parse("2:3"), 1)
+    assert [t.tolist() for t in times] == [[1000.0]]
+
+
 @pytest.mark.parametrize("null_caption", [True, False])
 def test_warming_up_makes_up_a_caption_or_takes_what_will_run(null_caption: bool) -> None:
     calls: list[int] = []

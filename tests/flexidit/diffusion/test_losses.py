@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexidit.diffusion.gaussian import GaussianDiffusion
-from flexidit.diffusion.losses import DiffusionLoss, diffusion_loss, discretized_log_likelihood, normal_kl
+from flexidit.diffusion.losses import TrainingLoss, discretized_log_likelihood, normal_kl, training_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_dit_loss.json").read_text())
 SCRIPT = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "golden_dit_loss.py"))
@@ -21,10 +21,10 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     return x
 
 
-def loss_of(x: dict[str, Tensor], learn_sigma: bool = True) -> DiffusionLoss:
+def loss_of(x: dict[str, Tensor], learn_sigma: bool = True) -> TrainingLoss:
     diffusion = GaussianDiffusion()
     x_t = diffusion.q_sample(x["x_start"], x["t"], x["noise"])
-    return diffusion_loss(diffusion, x["model_output"], x["x_start"], x_t, x["t"], x["noise"], learn_sigma)
+    return training_loss(diffusion, x["model_output"], x["x_start"], x_t, x["t"], x["noise"], learn_sigma)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -97,19 +97,6 @@ def test_ddpm_with_the_exact_learned_variance_is_exact_in_few_steps():
     assert fixed.std() < 0.68  # the posterior variance is too small: the variance channels were used above
 
 
-def test_flow_matching_solver_runs_in_the_same_loop():
-    class Flow(GaussianDenoiser):
-        def __call__(self, x, t, y, *, patch_size):
-            sigma = t[0].item() / 1000  # x = (1 - sigma) x_start + sigma noise; the model predicts noise - x_start
-            variance = (1 - sigma) ** 2 * self.std**2 + sigma**2
-            centred = x - (1 - sigma) * y.view(-1, 1, 1, 1) / 4
-            return (sigma - (1 - sigma) * self.std**2) / variance * centred - y.view(-1, 1, 1, 1) / 4
-
-    sampler = Sampler(Flow(), diffusers.FlowMatchEulerDiscreteScheduler(), schedule=constant(100))
-    assert_moments(sampler(torch.full((256,), 3), generator=seeded()), mean=0.75, std=0.5)
-    assert sampler.trace[0].timestep == 1000.0
-
-
 def test_solver_that_keeps_its_state_at_another_scale():
     given = diffusers.EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02, timestep_spacing="linspace")
     sampler = Sampler(GaussianDenoiser(), given, schedule=constant(200))
