@@ -71,3 +71,16 @@ def swept(points: list[CurvePoint]) -> list[CurvePoint]:
         for scale, (frechet, share) in values.items()
     ]
     return [*measured, replace(measured[0], seed=1, frechet=1.5), replace(measured[1], seed=1, frechet=2.0)]
+
+
+@pytest.fixture(scope="session")
+def umt5(tmp_path_factory: pytest.TempPathFactory, save_word_tokenizer: Callable[..., None]) -> Path:
+    """As ``t5``, of a UMT5, which Wan reads."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wan_pipeline")
+    config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    save_word_tokenizer(folder / "tokenizer", "a A dog , Running man on red bicycle &")
+    return folder
