@@ -84,3 +84,19 @@ def umt5(tmp_path_factory: pytest.TempPathFactory, save_word_tokenizer: Callable
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     save_word_tokenizer(folder / "tokenizer", "a A dog , Running man on red bicycle &")
     return folder
+
+
+@pytest.fixture(scope="session")
+def wan_pipeline(tmp_path_factory: pytest.TempPathFactory, umt5: Path) -> Path:
+    """Folder of a tiny random WanPipeline, without transformers; read only."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(umt5 / "tokenizer")
+    encoder = UMT5EncoderModel.from_pretrained(umt5 / "text_encoder")
+    flow: dict[str, object] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    folder = tmp_path_factory.mktemp("stock")
+    WanPipeline(tokenizer, encoder, vae, UniPCMultistepScheduler(**flow)).save_pretrained(folder)
+    return folder
