@@ -14,7 +14,8 @@ from torch import nn
 
 from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
-from flexidit.metrics.curve import Evaluation, Reference, SamplingSettings, candidates, reference_of
+from flexidit.metrics.curve import Evaluation, Reference, SamplingSettings, reference_of
+from flexidit.metrics.curve_candidates import candidates
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.features import FeatureExtractor
 from flexidit.metrics.prompts import ClassLabels, Prompts, read_prompts

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
-from flexidit.metrics.curve import SamplingSettings, candidates, cost_per_image, full_cost_per_image, make_sampler
+from flexidit.metrics.curve import SamplingSettings, cost_per_image, full_cost_per_image, make_sampler
+from flexidit.metrics.curve_candidates import candidates
 from flexidit.metrics.curve_samples import solver_name
 from flexidit.metrics.prompts import ClassLabels, Prompts
 from flexidit.pictures import GridRow, draw_grid

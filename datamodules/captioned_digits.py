@@ -92,9 +92,9 @@ class CaptionedDigitsDataModule(DigitsDataModule):
     @property
     def null_captions(self) -> Captions:
         """The empty caption, N = 1."""
-        return _in_float32(self.text_encoder.encode([""]))
+        return in_float32(self.text_encoder.encode([""]))
 
-    def make_dataset(self) -> CaptionedDigits:
+    def make_dataset(self) -> Dataset[Any]:
         """All digits with their captions, each distinct one embedded once.
 
         Raises:
@@ -105,7 +105,7 @@ class CaptionedDigitsDataModule(DigitsDataModule):
         self._check_length(texts)
         place = {text: row for row, text in enumerate(texts)}
         choices = torch.tensor([[place[text] for text in phrasings] for phrasings in captions])
-        return CaptionedDigits(self.images, _in_float32(self.text_encoder.encode(texts)), choices, self.seed)
+        return CaptionedDigits(self.images, in_float32(self.text_encoder.encode(texts)), choices, self.seed)
 
     def captions_of(self, split: Literal["train", "val"]) -> list[tuple[str, ...]]:
         """The three captions of each image, in the order of :meth:`train_images` or :meth:`val_images`."""
@@ -123,5 +123,6 @@ class CaptionedDigitsDataModule(DigitsDataModule):
             )
 
 
-def _in_float32(captions: Captions) -> Captions:
-    return replace(captions, embeddings=captions.embeddings.float())  # NumPy, which indexes them, has no bfloat16
+def in_float32(captions: Captions) -> Captions:
+    """As NumPy can index them, which has no bfloat16."""
+    return replace(captions, embeddings=captions.embeddings.float())

@@ -86,7 +86,7 @@ class DigitsDataModule(ResumableDataModule):
         self.dataset: Dataset[Any] | None = None
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
+    def sample_shape(self) -> tuple[int, ...]:
         """(C, S, S) of ``x``."""
         return 1, self.size, self.size
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from flexidit.config import TextDiTConfig, TransformerConfig, config_from_dict, config_to_dict
+from flexidit.config import TransformerConfig, config_from_dict, config_to_dict
 from flexidit.export import (
     DESCRIPTION,
     Adapters,
@@ -26,9 +26,8 @@ from flexidit.export import (
     read_peft,
 )
 from flexidit.identity import base_tensors, hash_tensors, unwrapped
-from flexidit.layouts import layout_of_class, layout_of_config, layout_of_official
-from flexidit.layouts.pixart import NULL_CAPTION
-from flexidit.models import DiT, FlexiTransformer, TextDiT, plain_model
+from flexidit.layouts import Layout, layout_of_class, layout_of_config, layout_of_official
+from flexidit.models import DiT, FlexiTransformer, TextDiT, Wan, plain_model
 from flexidit.models.positioned import PositionedTransformer
 from flexidit.recipes import flexify
 from flexidit.weight_files import (
@@ -47,7 +46,6 @@ Format = Literal["flexidit", "official", "diffusers"]
 
 _HEADER_KEY, _BASE_KEY, _TEXT_KEY = "flexidit", "flexidit_base", "flexidit_text"
 _ALIGNMENT = 64  # bytes, of torch's own allocations
-_NULL_CAPTION_FILE = "null_caption.safetensors"
 # How training scripts wrap what they save, the averaged weights and the others: PixArt's and DiT's
 _WRAPPERS = {True: ("ema", "state_dict_ema"), False: ("model", "state_dict")}
 
@@ -64,17 +62,18 @@ class Weights:
 
 def load_checkpoint(
     path: str | Path, base: str | Path | None = None, *, prefer_ema: bool = True, **overrides: Any
-) -> DiT | TextDiT:
+) -> DiT | TextDiT | Wan:
     """A model with the weights and the config that a checkpoint holds, in eval mode, on the CPU.
 
     Args:
-        path: a flexidit ``.safetensors``; a training ``.ckpt``; an official ``.pt`` or ``.pth``, flat or wrapped as
-            DiT's and PixArt's scripts do; a diffusers directory, of the transformer or of its pipeline; a folder that
-            ``flexidit convert --to peft`` wrote; or a hub id of a directory.
+        path: a flexidit ``.safetensors``; a training ``.ckpt``; an official ``.pt``, ``.pth`` or ``.safetensors``, flat
+            or wrapped as DiT's and PixArt's scripts do, or Wan's original directory; a diffusers directory, of the
+            transformer or of its pipeline; a folder that ``flexidit convert --to peft`` wrote; or a hub id of a
+            directory.
         base: what adapters stand on, in any of these forms; None takes it from where the checkpoint says it was.
         prefer_ema: take the averaged weights where a checkpoint has both.
         **overrides: for official weights, what no shape tells: ``num_heads``, a non-square ``input_size``; without
-            PixArt's ``pos_embed``, ``input_size``. For others they are not needed and not looked at.
+            PixArt's ``pos_embed``, and of a Wan, ``input_size``. For others they are not needed and not looked at.
 
     Raises:
         FileNotFoundError: neither a path nor a hub id that can be had, of the checkpoint or of its base.
@@ -98,7 +97,8 @@ def save_checkpoint(
 
     Args:
         model: any model of ours; the other layouts take models with one patch size.
-        path: a ``.safetensors`` file ("flexidit"), a ``.pt`` file ("official") or a directory ("diffusers").
+        path: a ``.safetensors`` file ("flexidit"), a ``.pt`` or ``.safetensors`` file ("official") or a directory
+            ("diffusers").
         adapters_only: leave out the base of a student of the lora recipe, and write its hash instead.
         base_source: where readers find that base unless they are told otherwise: a path or a hub id.
         text: fingerprint of the text encoder that the model was trained with, which our own layout keeps.
@@ -118,10 +118,10 @@ def save_checkpoint(
             f"the {layout_format} layout has one patch size; take one of this model first "
             "(lora: merge a weak size, shared: pick any size)"
         )
-    if layout_format == "official" and model.config.is_video:
-        raise ValueError("the official layout has no models of clips; use layout_format='flexidit'")
     if layout_format == "official":
-        return save_pickle(model.state_dict(), path)
+        state = layout_of_config(model.config).to_official(model.state_dict())
+        is_safe = path.suffix == ".safetensors"
+        return save_safetensors(state, path, {"format": "pt"}) if is_safe else save_pickle(state, path)
     return _save_diffusers(model, path)
 
 
@@ -222,9 +222,7 @@ def base_of(added: Adapters, given: str | Path | None, path: Path) -> dict[str, 
     source = given or near(added.base.source, path)
     if source is None:
         raise ValueError(f"{path} holds adapters only and does not say where their base is; give it (base=, --base)")
-    told = {name: getattr(added.config, name) for name in ("num_heads", "input_size")}
-    if isinstance(added.config, TextDiTConfig):
-        told["position_scale"] = added.config.position_scale
+    told = {name: getattr(added.config, name) for name in layout_of_config(added.config).UNTOLD_BY_SHAPES}
     try:
         base = base_tensors(read_weights(source, **told).state)
     except FileNotFoundError as error:
@@ -247,7 +245,7 @@ def read_any(path: str | Path, *, prefer_ema: bool = True, **overrides: Any) -> 
     if isinstance(overrides.get("input_size"), int):
         overrides["input_size"] = (overrides["input_size"],) * 2
     if path.is_dir():
-        return read_peft(path) if (path / DESCRIPTION).is_file() else _read_diffusers(path, overrides)
+        return read_peft(path) if (path / DESCRIPTION).is_file() else _read_directory(path, overrides)
     if path.suffix == ".safetensors":
         state, header = read_safetensors(path)
         return _read_flexidit(state, header) if _HEADER_KEY in header else _read_official(state, path, overrides)
@@ -313,14 +311,17 @@ def _unwrap(values: Mapping[str, Any], prefer_ema: bool) -> dict[str, Tensor]:
 
 
 def _read_official(state: dict[str, Tensor], path: Path, overrides: Mapping[str, Any]) -> Weights:
+    layout = layout_of_official(state)
     try:
-        config = layout_of_official(state).config_from_official(state, **overrides)
+        config = layout.config_from_official(state, **overrides)
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}, which the weights that it seems to hold have") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Weights(config, _with_positions(config, state))
+    return Weights(config, _with_positions(config, layout.from_official(state)))
 
 
-def _read_diffusers(path: Path, overrides: Mapping[str, Any]) -> Weights:
+def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Weights:
     check_not_a_part(path)
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     config_file = folder / "config.json"
@@ -329,36 +330,43 @@ def _read_diffusers(path: Path, overrides: Mapping[str, Any]) -> Weights:
     values = read_json(config_file)
     try:
         layout = layout_of_class(values.get("_class_name"))
+        if values["_class_name"] == layout.OFFICIAL_CLASS:
+            return _read_official(read_diffusers(folder), folder, {**layout.told_by_official(values), **overrides})
         config = layout.config_from_diffusers(values)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{config_file}: {error}") from None
+    return _read_diffusers(folder, layout, config, overrides)
+
+
+def _read_diffusers(folder: Path, layout: Layout, config: Any, overrides: Mapping[str, Any]) -> Weights:
     config = replace(config, **{name: overrides[name] for name in layout.UNTOLD_BY_DIFFUSERS if name in overrides})
     try:
         state = layout.from_diffusers(read_diffusers(folder), config.depth)
     except KeyError as error:
         raise ValueError(f"the weights in {folder} have no {error}, which a {layout.CLASS_NAME} has") from None
-    if (folder / _NULL_CAPTION_FILE).is_file():
-        null = read_safetensors(folder / _NULL_CAPTION_FILE)[0][NULL_CAPTION]
-        config = replace(config, null_caption=True, caption_length=len(null))
-        state[NULL_CAPTION] = null
-    return Weights(config, _with_positions(config, state))
+    files = [folder / file for file in layout.BESIDE if (folder / file).is_file()]
+    beside = {name: tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
+    config = layout.with_beside(config, beside)
+    return Weights(config, _with_positions(config, {**state, **beside}))
 
 
 def _with_positions(config: TransformerConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """With the table of positions, which layouts may leave out because it follows from the config."""
     if "pos_embed" in state or not config.has_position_table:
         return state
-    return {**state, "pos_embed": computed_positions(config).to(state["x_embedder.proj.weight"].dtype)}
+    return {**state, "pos_embed": computed_positions(config).to(state[f"{config.embedding_name}.proj.weight"].dtype)}
 
 
 def _save_diffusers(model: FlexiTransformer, folder: Path) -> Path:
     layout, state = layout_of_config(model.config), model.state_dict()
     values = {"_class_name": layout.CLASS_NAME, **layout.config_to_diffusers(model.config)}
-    _check_positions(model)
+    if model.config.has_position_table:
+        _check_positions(model)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _NULL_CAPTION_FILE).unlink(missing_ok=True)
-    if NULL_CAPTION in state:
-        save_safetensors({NULL_CAPTION: state[NULL_CAPTION]}, folder / _NULL_CAPTION_FILE, {"format": "pt"})
+    for file, name in layout.BESIDE.items():
+        (folder / file).unlink(missing_ok=True)
+        if name in state:
+            save_safetensors({name: state[name]}, folder / file, {"format": "pt"})
     converted = layout.to_diffusers(state, model.config.depth)
     save_safetensors(converted, folder / DIFFUSERS_WEIGHTS, {"format": "pt"})
     save_json(values, folder / "config.json")

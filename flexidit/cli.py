@@ -20,7 +20,7 @@ COMMANDS = {
     "sample": "pictures from a checkpoint under a schedule or a budget, with what they cost",
     "curve": "quality against FLOPs and latency at several budgets",
     "flops": "what a model, a patch size or a schedule costs",
-    "encode": "images, and captions, to shards of latents and embeddings",
+    "encode": "images or clips, and captions, to shards of latents and embeddings",
     "convert": "official or diffusers weights to flexidit ones, and back",
 }
 

@@ -6,9 +6,10 @@ before its frames are decoded: when it begins, when it ends and, if its packets 
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 # to other files and addresses (playlists), which a file of unknown origin must not make this process open.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,asf,flv,ogg"
 _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+Shown = tuple[Fraction, Fraction]  # from when to when
+_SHORTFALL = Fraction(1, 2)  # seconds; durations in headers are rounded, and count the sound too
 _DEFAULT_RATE = Fraction(25)  # of streams that do not say it: only the length of their last frame depends on it
 
 
@@ -48,6 +51,8 @@ class Span:
     """When the last frame is no longer shown."""
     times: tuple[Fraction, ...] | None = None
     """Of all frames, in order; None if only the header was read."""
+    damage: str = ""
+    """Why the clip ends before its header says; empty if it just ends."""
 
     @property
     def length(self) -> Fraction:
@@ -71,8 +76,8 @@ def open_video(source: Path | bytes) -> Iterator[Video]:
     Raises:
         BrokenClipError: if there is none that can be decoded.
     """
-    with _open_container(source) as container:
-        yield Video(container, _best_stream(container))
+    with closing(Video(source)) as video:
+        yield video
 
 
 def _open_container(source: Path | bytes) -> InputContainer:
@@ -120,10 +125,19 @@ def _text(error: Exception) -> str:
 class Video:
     """An open video stream. Its readers start anew each time they are called."""
 
-    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
-        self._container, self._stream = container, stream
-        self._tick = stream.time_base or 1 / _DEFAULT_RATE
-        self._period = 1 / (stream.average_rate or _DEFAULT_RATE)
+    def __init__(self, source: Path | bytes) -> None:
+        self._source = source
+        self._open()
+        self._tick = self._stream.time_base or 1 / _DEFAULT_RATE
+        self._period = 1 / (self._stream.average_rate or _DEFAULT_RATE)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._container.close()
+
+    def _open(self) -> None:
+        self._container = _open_container(self._source)
+        self._stream = _best_stream(self._container)
         self._is_fresh = True
 
     @property
@@ -141,23 +155,41 @@ class Video:
     def packet_span(self) -> Span:
         """What the packets say: reads the file once, and decodes nothing."""
         self._rewind()
-        shown: list[tuple[Fraction, Fraction]] = []
-        with suppress(EarlyEndError):  # `frames` will tell
-            for packet in self._packets():
-                if packet.size and not packet.is_discard:
-                    shown.append(self._when(packet, shown))
-        return _span_of(shown)
+        return self._span_of(self._packet_times())
 
-    def decoded_span(self) -> tuple[Span, str]:
-        """What can be decoded, and why no more can (empty if the file just ends): decodes all of it."""
-        shown: list[tuple[Fraction, Fraction]] = []
-        reason = ""
+    def decoded_span(self) -> Span:
+        """What can be decoded: decodes all of it."""
+        return self._span_of((frame.time, frame.end) for frame in self.frames())
+
+    def _packet_times(self) -> Iterator[Shown]:
+        before = None
+        for packet in self._packets():
+            if packet.size and not packet.is_discard:
+                before = self._when(packet, before)
+                yield before
+
+    def _span_of(self, shown: Iterator[Shown]) -> Span:
+        times: list[Fraction] = []
+        end, damage = Fraction(0), ""
         try:
-            for frame in self.frames():
-                shown.append((frame.time, frame.end))
+            for time, until in shown:
+                end = max(end, until) if times else until
+                times.append(time)
         except EarlyEndError as error:
-            reason = str(error)
-        return _span_of(shown), reason
+            damage = str(error)
+        first = min(times, default=end)
+        stated = self._stated_length()
+        if not damage and stated - (end - first) > _SHORTFALL:
+            damage = f"cut off from {float(stated):.2f} s"
+        return Span(first, end, tuple(sorted(times)), damage)
+
+    def _stated_length(self) -> Fraction:
+        """Of this stream or, where only that is said, of the longest one; 0 if unknown."""
+        import av
+
+        if self._stream.duration:
+            return self._stream.duration * self._tick
+        return Fraction(self._container.duration or 0, av.time_base)
 
     def frames(self, start: Fraction | None = None) -> Iterator[TimedFrame]:
         """Frames in order to the end, from a frame that is shown at ``start`` or before it (None: the first).
@@ -176,8 +208,9 @@ class Video:
         yield from self._decode()
 
     def _rewind(self) -> None:
-        if not self._is_fresh and not self._seek((self._stream.start_time or 0) * self._tick):
-            raise EarlyEndError("cannot go back to its start")
+        if not self._is_fresh:  # seeking the start misses the first key frame of some containers
+            self.close()
+            self._open()
 
     def _seek(self, time: Fraction) -> bool:
         """Go to the last key frame at or before a time; False if the file cannot."""
@@ -191,44 +224,60 @@ class Video:
         return True
 
     def _decode(self) -> Iterator[TimedFrame]:
-        last: list[tuple[Fraction, Fraction]] = []
+        before = None
         for packet in self._packets():
-            for image in self._decode_packet(packet):
-                if image.is_corrupt and last:
+            for image in _decode_packet(packet):
+                if image.is_corrupt and before:
                     raise EarlyEndError("damaged")
                 if not image.is_corrupt:  # else it leads to a key frame that was sought
-                    last[:] = [self._when(image, last)]
-                    yield TimedFrame(*last[0], image)
+                    before = self._when(image, before)
+                    yield TimedFrame(*before, image)
 
     def _packets(self) -> Iterator[Packet]:
         import av
 
         self._is_fresh = False
+        packets = self._container.demux(self._stream)
         try:
-            yield from self._container.demux(self._stream)
-        except av.FFmpegError as error:
+            if self._container.format.name != "gif" or _has_gif_end(self._source):
+                yield from packets
+            else:
+                yield from _but_last(packets)
+                raise EarlyEndError("cut off")
+        except (av.FFmpegError, IndexError) as error:  # IndexError: a packet of a stream that is not there
             raise EarlyEndError(f"damaged: {_text(error)}") from error
 
-    def _decode_packet(self, packet: Packet) -> list[VideoFrame]:
-        import av
-
-        try:
-            return packet.decode()
-        except av.FFmpegError as error:
-            raise EarlyEndError(f"damaged: {_text(error)}") from error
-
-    def _when(self, item: Packet | VideoFrame, before: list[tuple[Fraction, Fraction]]) -> tuple[Fraction, Fraction]:
+    def _when(self, item: Packet | VideoFrame, before: Shown | None) -> Shown:
         """From when to when something is shown; where its time is missing, after what came before."""
         ticks = item.dts if item.pts is None else item.pts
-        time = ticks * self._tick if ticks is not None else before[-1][1] if before else Fraction(0)
+        time = ticks * self._tick if ticks is not None else before[1] if before else Fraction(0)
         return time, time + (item.duration * self._tick if item.duration else self._period)
 
 
-def _span_of(shown: list[tuple[Fraction, Fraction]]) -> Span:
-    if not shown:
-        return Span(Fraction(0), Fraction(0), ())
-    times = sorted(time for time, _ in shown)
-    return Span(times[0], max(end for _, end in shown), tuple(times))
+def _decode_packet(packet: Packet) -> list[VideoFrame]:
+    import av
+
+    try:
+        return packet.decode()
+    except av.FFmpegError as error:
+        raise EarlyEndError(f"damaged: {_text(error)}") from error
+
+
+def _has_gif_end(source: Path | bytes) -> bool:
+    """Whether a gif is whole: its decoder draws as much of a frame as there is, and does not say so."""
+    if isinstance(source, bytes):
+        return source[-1:] == b";"
+    with source.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b";"
+
+
+def _but_last(packets: Iterator[Packet]) -> Iterator[Packet]:
+    held = None
+    for packet in packets:
+        if held is not None and packet.size:
+            yield held
+        held = packet if packet.size else held
 
 
 def display_matrix(frame: VideoFrame) -> tuple[tuple[int, int], tuple[int, int]]:

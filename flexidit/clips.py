@@ -90,48 +90,58 @@ def read_clip(source: Path | bytes, settings: ClipSettings, start: float = 0.5) 
             good as one that ends there.
     """
     with open_video(source) as video:
-        span = (video.stated_span() if settings.fps else None) or video.packet_span()
         try:
-            frames = _window(video, settings, _window_start(span, settings, start))
+            begin = _window_start(_span(video, settings), settings, start)
+            frames = _window(video, video.frames(begin), settings, begin)
         except EarlyEndError:
-            frames = _undamaged_window(video, settings, span, start)
+            frames = _undamaged_window(video, settings, start)
     pixels = torch.from_numpy(np.stack(frames))  # (F, H, W, 3) uint8
     return pixels.permute(3, 0, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
-def _undamaged_window(video: Video, settings: ClipSettings, stated: Span, start: float) -> list[np.ndarray]:
+def _span(video: Video, settings: ClipSettings) -> Span:
+    """What the header says if that is enough to go by, else what the packets say."""
+    stated = video.stated_span()
+    if (
+        stated is not None
+        and settings.fps is not None
+        and stated.length * Fraction(settings.fps) >= settings.num_frames
+    ):
+        return stated
+    return video.packet_span()
+
+
+def _undamaged_window(video: Video, settings: ClipSettings, start: float) -> list[np.ndarray]:
     """The window as it lies in that part of the video that can be decoded."""
-    span, damage = video.decoded_span()
+    span = video.decoded_span()
     if not span.times:
-        raise BrokenClipError(f"no frame can be decoded ({damage or 'it has none'})")
-    is_cut = damage or stated.length - span.length > 1
-    reason = damage or f"cut off from {float(stated.length):.2f} s" if is_cut else "too short"
+        raise BrokenClipError(f"no frame can be decoded ({span.damage or 'there is none'})")
+    begin = _window_start(span, settings, start)
     try:
-        return _window(video, settings, _window_start(span, settings, start, reason))
+        return _window(video, video.frames(), settings, begin)  # without seeking, the same frames come again
     except EarlyEndError as error:
         raise BrokenClipError(str(error)) from error
 
 
-def _window_start(span: Span, settings: ClipSettings, start: float, reason: str = "too short") -> Fraction:
+def _window_start(span: Span, settings: ClipSettings, start: float) -> Fraction:
     """Time of the window's first frame, or shortly after it."""
+    reason, needed = span.damage or "too short", settings.num_frames
     if settings.fps is None:
         assert span.times is not None
-        spare = len(span.times) - settings.num_frames
+        spare = len(span.times) - needed
         if spare < 0:
-            raise BrokenClipError(f"{reason}: has {len(span.times)} frames, {settings.num_frames} are needed")
+            raise BrokenClipError(f"{reason}: {len(span.times)} frames, {needed} are needed")
         return span.times[min(floor(start * (spare + 1)), spare)]
     period = 1 / Fraction(settings.fps)
-    if span.length <= (settings.num_frames - 1) * period:
-        needed = (
-            f"{settings.num_frames} frames at {settings.fps:g} fps span {float(settings.num_frames * period):.2f} s"
-        )
-        raise BrokenClipError(f"{reason}: lasts {float(span.length):.2f} s, {needed}")
-    return span.first + max(Fraction(0), span.length - settings.num_frames * period) * Fraction(start)
+    if span.length <= (needed - 1) * period:
+        lasts, long = f"{float(span.length):.2f} s", f"{float(needed * period):.2f} s"
+        raise BrokenClipError(f"{reason}: {lasts}, {needed} frames at {settings.fps:g} fps need {long}")
+    return span.first + max(Fraction(0), span.length - needed * period) * Fraction(start)
 
 
-def _window(video: Video, settings: ClipSettings, start: Fraction) -> list[np.ndarray]:
+def _window(video: Video, decoded: Iterator[TimedFrame], settings: ClipSettings, start: Fraction) -> list[np.ndarray]:
     """F frames, (H, W, 3) uint8, from the one that is shown at ``start``."""
-    shown = _from(_undamaged(video.frames(start)), start)
+    shown = _from(_undamaged(decoded), start)
     chosen = shown if settings.fps is None else _sample(shown, 1 / Fraction(settings.fps))
     frames: list[np.ndarray] = []
     last = None
@@ -139,7 +149,9 @@ def _window(video: Video, settings: ClipSettings, start: Fraction) -> list[np.nd
         frames.append(frames[-1] if frame is last else _crop(frame.image, settings.size, video.pixel_aspect))
         last = frame
     if len(frames) < settings.num_frames:
-        raise EarlyEndError(f"damaged within the {settings.num_frames} frames from {float(start):.2f} s")
+        raise EarlyEndError(
+            f"damaged: {len(frames)} of {settings.num_frames} frames can be decoded from {float(start):.2f} s on"
+        )
     return frames
 
 

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexidit.config import FlexConfig, TextDiTConfig, TransformerConfig, config_from_dict, config_to_dict
+from flexidit.config import FlexConfig, TransformerConfig, config_from_dict, config_to_dict
 from flexidit.identity import added_tensors, base_tensors, hash_tensors
-from flexidit.layouts import layout_of_config
-from flexidit.layouts.pixart import own_unit
+from flexidit.layouts import Layout, layout_of_config
 from flexidit.patch_size import PatchSize
 from flexidit.weight_files import read_json, read_safetensors, save_json, save_safetensors
 
@@ -32,13 +31,6 @@ EMBEDDINGS = "embeddings.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _VERSION = 1
-# ours -> diffusers' modules; the one adapter of attn.qkv becomes three that share their first factor
-_ADAPTED = {
-    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "attn.proj": ("attn1.to_out.0",),
-    "mlp.fc1": ("ff.net.0.proj",),
-    "mlp.fc2": ("ff.net.2",),
-}
 _FACTOR = re.compile(r"blocks\.(\d+)\.(.+)\.lora_([AB])\.([^.]+)\.weight")
 
 
@@ -120,11 +112,12 @@ def save_peft(added: Adapters, folder: Path) -> Path:
     Raises:
         ValueError: a model that diffusers' class cannot express at its own patch size.
     """
-    layout_of_config(added.config).config_to_diffusers(replace(added.config, flex=None))
+    layout = layout_of_config(added.config)
+    layout.config_to_diffusers(replace(added.config, flex=None))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)
     for size in added.flex.weak_patch_sizes:
-        factors = _to_peft(added.tensors, size)
+        factors = _to_peft(added.tensors, size, layout)
         save_safetensors(factors, folder / size.name / ADAPTER, {"format": "pt"})
         save_json(_adapter_config(added), folder / size.name / ADAPTER_CONFIG)
     ends = {name: tensor for name, tensor in added.tensors.items() if not _FACTOR.fullmatch(name)}
@@ -149,7 +142,7 @@ def read_peft(folder: Path) -> Adapters:
         raise ValueError(f"{folder / DESCRIPTION} has version {version!r}, known is {_VERSION}; export the model again")
     tensors = _read_part(folder / EMBEDDINGS)
     for size in config.flex.weak_patch_sizes:
-        tensors |= _from_peft(_read_part(folder / size.name / ADAPTER), size, config.depth, folder / size.name)
+        tensors |= _from_peft(_read_part(folder / size.name / ADAPTER), size, config, folder / size.name)
     return Adapters(config, tensors, base, values.get("text"))
 
 
@@ -171,40 +164,44 @@ def _student_name(name: str, adapted: set[str]) -> str:
     return f"{layer}.base_layer.{kind}" if layer in adapted else name
 
 
-def _to_peft(tensors: Mapping[str, Tensor], size: PatchSize) -> dict[str, Tensor]:
+def _to_peft(tensors: Mapping[str, Tensor], size: PatchSize, layout: Layout) -> dict[str, Tensor]:
     """One size's factors as peft names them, for the modules of diffusers."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         match = _FACTOR.fullmatch(name)
         if match and match[4] == size.name:
-            modules = _ADAPTED[match[2]]
+            modules = layout.ADAPTED[match[2]]
             parts = tensor.chunk(len(modules)) if match[3] == "B" else [tensor] * len(modules)
             for module, part in zip(modules, parts, strict=True):
-                out[_peft_name(match[1], module, match[3])] = part.clone()
+                out[_peft_name(layout, match[1], module, match[3])] = part.clone()
     return out
 
 
-def _from_peft(theirs: Mapping[str, Tensor], size: PatchSize, depth: int, folder: Path) -> dict[str, Tensor]:
+def _from_peft(
+    theirs: Mapping[str, Tensor], size: PatchSize, config: TransformerConfig, folder: Path
+) -> dict[str, Tensor]:
     """Inverse of :func:`_to_peft`."""
     out: dict[str, Tensor] = {}
-    expected = {_peft_name(*parts) for parts in product(range(depth), chain(*_ADAPTED.values()), "AB")}
+    layout, blocks = layout_of_config(config), range(config.depth)
+    expected = {_peft_name(layout, *parts) for parts in product(blocks, chain(*layout.ADAPTED.values()), "AB")}
     if set(theirs) != expected:
         name = sorted(set(theirs) ^ expected)[0]
         raise ValueError(f"{folder} has {name} where the model has none, or lacks it; export the model again")
-    for i, (layer, modules), factor in product(range(depth), _ADAPTED.items(), "AB"):
-        parts = [theirs[_peft_name(i, module, factor)] for module in modules]
+    for i, (layer, modules), factor in product(blocks, layout.ADAPTED.items(), "AB"):
+        parts = [theirs[_peft_name(layout, i, module, factor)] for module in modules]
         if factor == "A" and any(not torch.equal(part, parts[0]) for part in parts):
             raise ValueError(f"{folder} has unlike first factors for queries, keys and values; one adapter has one")
         out[f"blocks.{i}.{layer}.lora_{factor}.{size.name}.weight"] = torch.cat(parts) if factor == "B" else parts[0]
     return out
 
 
-def _peft_name(block: int | str, module: str, factor: str) -> str:
-    return f"base_model.model.transformer_blocks.{block}.{module}.lora_{factor}.weight"
+def _peft_name(layout: Layout, block: int | str, module: str, factor: str) -> str:
+    return f"base_model.model.{layout.BLOCKS}.{block}.{module}.lora_{factor}.weight"
 
 
 def _adapter_config(added: Adapters) -> dict[str, Any]:
     """peft's ``LoraConfig``: what it is not told has its default, which is plain LoRA."""
+    adapted = layout_of_config(added.config).ADAPTED
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -215,7 +212,7 @@ def _adapter_config(added: Adapters) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted(module for modules in _ADAPTED.values() for module in modules),
+        "target_modules": sorted(module for modules in adapted.values() for module in modules),
     }
 
 
@@ -237,26 +234,18 @@ def _description(added: Adapters) -> dict[str, Any]:
 def _size_description(config: TransformerConfig, size: PatchSize) -> dict[str, Any]:
     """The tensors of diffusers' class at this size, each the sum of those of ``embeddings.safetensors``."""
     layout = layout_of_config(config)
-    embedding, final = f"x_embedder.per_size.{size.name}", f"final_layer.linear.per_size.{size.name}"
+    embedding, final = (f"{end}.per_size.{size.name}" for end in (config.embedding_name, config.unembedding_name))
     return {
         "patch_size": list(size.as_tuple()),
         "adapter": f"{size.name}/{ADAPTER}",
-        "interpolation_scale": _interpolation_scale(config, size),
+        **layout.size_arguments(config.plain(size)),
         "tensors": {
-            "pos_embed.proj.weight": [f"{embedding}.weight"],
-            "pos_embed.proj.bias": [f"{embedding}.bias", f"size_embedder.{size.name}"],
+            f"{layout.EMBEDDING}.weight": [f"{embedding}.weight"],
+            f"{layout.EMBEDDING}.bias": [f"{embedding}.bias", f"size_embedder.{size.name}"],
             f"{layout.FINAL_LINEAR}.weight": [f"{final}.weight"],
             f"{layout.FINAL_LINEAR}.bias": [f"{final}.bias"],
         },
     }
-
-
-def _interpolation_scale(config: TransformerConfig, size: PatchSize) -> float | None:
-    """diffusers' argument that puts the patches where they belong; None: no scale does."""
-    if not isinstance(config, TextDiTConfig):
-        return None
-    own = own_unit(config.plain(size))
-    return own.position_scale if own.position_unit is None else None
 
 
 def _read_part(path: Path) -> dict[str, Tensor]:

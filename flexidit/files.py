@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader, or a run that is killed at any moment, sees the old file or the new one, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}.")
     os.close(handle)
     temporary = Path(name)
     try:

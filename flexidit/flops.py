@@ -275,19 +275,14 @@ def _dit_block(config: DiTConfig, work: BlockWork) -> int:
     return _linear(1, config.hidden_size, 6 * config.hidden_size)  # adaLN: one row per sequence
 
 
-@_ends.register
-def _text_dit_ends(config: TextDiTConfig, num_tokens: int, patch_size: PatchSize) -> int:
+@_ends.register(WanConfig)
+@_ends.register(TextDiTConfig)
+def _captioned_ends(config: TextDiTConfig | WanConfig, num_tokens: int, patch_size: PatchSize) -> int:
     width = config.hidden_size
-    modulation = _linear(1, width, 6 * width)  # adaLN-single: once for all blocks
-    image_size = _embedded(3, width // 3) if config.micro_conditions else 0  # height, width and their ratio
-    return _tokens_in_and_out(config, num_tokens, patch_size) + _embedded(1, width) + modulation + image_size
-
-
-@_ends.register
-def _wan_ends(config: WanConfig, num_tokens: int, patch_size: PatchSize) -> int:
-    width = config.hidden_size
-    modulation = _linear(1, width, 6 * width)  # once for all blocks, as adaLN-single
-    return _tokens_in_and_out(config, num_tokens, patch_size) + _embedded(1, width) + modulation
+    time = _embedded(1, width) + _linear(1, width, 6 * width)  # modulation: once for all blocks
+    if isinstance(config, TextDiTConfig) and config.micro_conditions:
+        time += _embedded(3, width // 3)  # height, width and their ratio
+    return _tokens_in_and_out(config, num_tokens, patch_size) + time
 
 
 @_block.register
@@ -327,9 +322,8 @@ def _embedded(count: int, width: int) -> int:
 
 def _transformer_block(config: TransformerConfig, work: BlockWork, rank: int) -> int:
     """Self-attention and MLP, for one sequence; the layers that adapters of this rank are attached to."""
-    linear = sum(
-        _linear(work.num_tokens, *layer) + _adapter(work.num_tokens, rank, *layer) for layer in _adapted_layers(config)
-    )
+    rows, layers = work.num_tokens, _adapted_layers(config)
+    linear = sum(_linear(rows, *layer) + _adapter(rows, rank, *layer) for layer in layers)
     return linear + _attention(work.num_tokens, work.num_keys, config.hidden_size)
 
 

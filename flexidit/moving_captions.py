@@ -67,10 +67,10 @@ def moving_caption_of(moving: MovingDigit, phrasing: int = 0) -> str:
     :func:`parse_moving_caption` is the inverse of each.
 
     Example:
-        >>> moving = MovingDigit(DigitAttributes(7, weight="bold", slant="right"), "left and up")
+        >>> moving = MovingDigit(DigitAttributes(7, weight="bold", slant="right"), "up")
         >>> [moving_caption_of(moving, phrasing) for phrasing in range(NUM_PHRASINGS)]
-        ['a bold seven leaning forward moving left and up', 'the digit seven, bold, leaning forward, moving left and up',
-         'a handwritten bold seven that leans forward and moves left and up']
+        ['a bold seven leaning forward moving up', 'the digit seven, bold, leaning forward, moving up',
+         'a handwritten bold seven that leans forward and moves up']
         >>> moving_caption_of(MovingDigit(DigitAttributes(3, weight="bold"), "right and up"))
         'a bold three moving right and up'
     """

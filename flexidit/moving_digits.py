@@ -3,7 +3,7 @@
 A digit moves with a constant velocity in one of eight directions and is reflected at the borders, so over a whole clip
 its direction is ambiguous. What a caption names is therefore where the digit *sets off* to, and its start is drawn such
 that it reaches no border before the middle of the clip: up to frame :meth:`ClipFormat.last_named_frame` its centroid
-moves on a straight line in the named direction, by 40 to 70 % of the way that is free. After that it may bounce, or not.
+moves on a straight line in the named direction, by 40 to 70 % of the free way. After that it may bounce, or not.
 
 The digit starts on the pixel grid, so that the first frame is the image of the data set, and is placed bilinearly
 between the pixels from then on: its ink and the velocity of its centroid are exactly constant.
@@ -31,6 +31,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 SHARES = (0.4, 0.7)
 """Of the free way: how much of it a digit crosses on each axis that it moves along, up to the last named frame."""
 DIRECTION_NAMES = tuple(DIRECTIONS)
+"""Places in here are what is drawn."""
 _SIGNS = np.array(list(DIRECTIONS.values()))  # (8, 2)
 
 
@@ -74,6 +75,10 @@ class ClipFormat:
         return 1, self.num_frames, self.canvas_size, self.canvas_size
 
 
+SMALL = ClipFormat()
+"""The default: 8 frames of 16x16 pixels."""
+
+
 class Motions(NamedTuple):
     """How N digits move, and how their captions are phrased."""
 
@@ -113,7 +118,7 @@ class MovingDigits:
         clip: Size of the clips.
     """
 
-    def __init__(self, clip: ClipFormat = ClipFormat()) -> None:
+    def __init__(self, clip: ClipFormat = SMALL) -> None:
         self.clip = clip
         self.images, self.labels = load_digit_images(clip.digit_size)
         self._ink = (self.images.numpy()[:, 0] + 1) / 2  # (1797, D, D)
@@ -126,7 +131,7 @@ class MovingDigits:
 
         All in NumPy, on this thread: torch would wake its thread pool, which stalls where cores are oversubscribed.
         """
-        places = positions(motions, self.clip).astype(np.float32)
+        places: Array = positions(motions, self.clip).astype(np.float32)
         down, right = (_placement(places[:, :, axis], self.clip) for axis in range(2))  # (N, F, S, D)
         ink = down @ self._ink[list(samples), None] @ right.swapaxes(2, 3)  # (N, F, S, S)
         return torch.from_numpy((2 * ink - 1)[:, None])

@@ -144,12 +144,24 @@ def read_diffusers(folder: Path) -> dict[str, Tensor]:
     """All tensors of a directory, be they in one safetensors file, in several, or in the older ``.bin``.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are none, or not all that the index lists.
     """
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    files = _listed(folder) or sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     if files:
         return {name: tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
     legacy = folder / "diffusion_pytorch_model.bin"
     if legacy.is_file():
         return dict(load_pickle(legacy))
     raise FileNotFoundError(f"{folder} has no {DIFFUSERS_WEIGHTS}")
+
+
+def _listed(folder: Path) -> list[Path]:
+    """The files of an index, which weights in several files have."""
+    index = folder / f"{DIFFUSERS_WEIGHTS}.index.json"
+    if not index.is_file():
+        return []
+    files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} has no {missing[0]}, which its index lists; fetch it again")
+    return files

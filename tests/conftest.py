@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,3 +153,96 @@ def cogvideox_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cogvideox")
     vae.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_clip() -> Callable[..., Path]:
+    """Write a smooth random video: ``(path, num_frames, seed=..., times=..., audio=...)``, 32x40 at 8 fps."""
+    import av
+
+    def write(path: Path, num_frames: int = 12, seed: int = 0, times: list[int] | None = None, audio: bool = False):
+        rng = np.random.default_rng(seed)
+        corners = rng.integers(0, 256, (2, 4, 5, 3)).astype(float)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 40, 32, "yuv420p"
+            if audio:
+                _write_silence(container)
+            for number, time in enumerate(times or range(num_frames)):
+                mixed = corners[0] + (corners[1] - corners[0]) * number / num_frames
+                frame = av.VideoFrame.from_ndarray(mixed.repeat(8, 0).repeat(8, 1).astype(np.uint8))
+                frame.pts = time
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return path
+
+    return write
+
+
+def _write_silence(container: Any) -> None:
+    import av
+
+    stream = container.add_stream("aac", rate=16000, layout="mono")
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+    frame.sample_rate, frame.pts = 16000, 0
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+@pytest.fixture
+def clip_folder(tmp_path: Path, write_clip: Callable[..., Path]) -> Path:
+    """Six clips of 12 or more frames at 8 fps, with two captions each beside them."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(6):
+        write_clip(folder / f"{number}.mp4", 12 + number, seed=number)
+        (folder / f"{number}.txt").write_text(f"clip {number} line 0\nclip {number} line 1")
+    return folder
+
+
+CLIP_KINDS = {  # name with its kind -> what is said of it where 9 frames at 8 fps are asked for; None: it is fine
+    "short.mp4": "too short",
+    "corrupt_tail.mkv": "cut off|damaged",
+    "corrupt_end.mkv": None,
+    "audio_only.mp4": "no video stream",
+    "empty.mp4": "zero bytes",
+    "text.mp4": "not a video",
+    "rotated.mp4": None,
+    "variable_rate.mkv": None,
+    "with_audio.mp4": None,
+}
+
+
+@pytest.fixture(scope="session")
+def clip_kinds(tmp_path_factory: pytest.TempPathFactory, write_clip: Callable[..., Path]) -> dict[str, bytes]:
+    """The files of ``CLIP_KINDS``."""
+    import av
+
+    folder = tmp_path_factory.mktemp("kinds")
+    whole = write_clip(folder / "whole.mkv", 40).read_bytes()
+    with av.open(str(folder / "audio_only.mp4"), "w") as container:
+        _write_silence(container)
+    irregular = sorted(np.random.default_rng(0).choice(40, 16, replace=False).tolist())
+    return {
+        "short.mp4": write_clip(folder / "short.mp4", 8).read_bytes(),
+        "corrupt_tail.mkv": whole[: len(whole) // 6],
+        "corrupt_end.mkv": whole[: len(whole) * 3 // 4],
+        "audio_only.mp4": (folder / "audio_only.mp4").read_bytes(),
+        "empty.mp4": b"",
+        "text.mp4": b"no video at all\n" * 100,
+        "rotated.mp4": _rotated(write_clip(folder / "rotated.mp4", 12).read_bytes()),
+        "variable_rate.mkv": write_clip(folder / "variable_rate.mkv", times=irregular).read_bytes(),
+        "with_audio.mp4": write_clip(folder / "with_audio.mp4", 12, audio=True).read_bytes(),
+    }
+
+
+def _rotated(video: bytes) -> bytes:
+    """An mp4 whose track header says that it was filmed upright on its side."""
+    start = video.index(b"tkhd") + 44
+    matrix = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    return video[:start] + matrix + video[start + len(matrix) :]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "clip_kind" in metafunc.fixturenames:
+        metafunc.parametrize("clip_kind", CLIP_KINDS.items(), ids=list(CLIP_KINDS))

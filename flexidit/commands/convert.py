@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexidit.config import TextDiTConfig, family_of
+from flexidit.config import CaptionedConfig, family_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flexidit.checkpoint import Weights
-    from flexidit.config import DiTConfig
     from flexidit.export import Adapters
     from flexidit.models import FlexiTransformer
 
@@ -24,7 +24,7 @@ EXAMPLE = """flexidit convert last.ckpt adapters --to peft --base PixArt-XL-2-25
   flexidit convert adapters PixArt-XL-4 --to merged --patch-size 4 --base PixArt-XL-2-256x256.pth
   flexidit convert student.safetensors DiT-XL-4 --to diffusers --patch-size 4"""
 
-_SUFFIXES = {"flexidit": (".safetensors",), "official": (".pt", ".pth")}
+_SUFFIXES = {"flexidit": (".safetensors",), "official": (".pt", ".pth", ".safetensors")}
 _LAYOUTS = {
     "flexidit": "flexidit",
     "official": "official",
@@ -40,7 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "input", help="flexidit, official or diffusers weights, a training .ckpt, adapters, or a hub id"
     )
     parser.add_argument(
-        "output", type=Path, help=".safetensors (flexidit), .pt (official) or folder (diffusers, merged, peft)"
+        "output",
+        type=Path,
+        help=".safetensors (flexidit), .pt or .safetensors (official) or folder (diffusers, merged, peft)",
     )
     parser.add_argument(
         "--to",
@@ -61,7 +63,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ema", action="store_true", help="not the averaged weights where a checkpoint has both")
     parser.add_argument("--num-heads", type=int, metavar="N", help="of official weights of no published width")
     parser.add_argument(
-        "--input-size", type=int, metavar="N", help="latent side, of official PixArt weights without pos_embed"
+        "--input-size",
+        type=_latent_size,
+        metavar="SIZE",
+        help="latent N or HxW, of official PixArt weights without pos_embed; FxHxW of the clips that a Wan is for",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -89,6 +94,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"flexidit convert: {report['warning']}", file=sys.stderr)
     print(json.dumps(report) if args.json else _describe(report))
     return 0
+
+
+def _latent_size(text: str) -> int | tuple[int, ...]:
+    """``"64"``, ``"64x96"`` or ``"21x60x104"``."""
+    sides = tuple(int(side) if side.isdecimal() else 0 for side in text.split("x"))
+    if not all(sides) or len(sides) > 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is no latent size: give N, HxW or, of clips, FxHxW")
+    return sides[0] if len(sides) == 1 else sides
 
 
 def _wants_adapters(args: argparse.Namespace) -> bool:
@@ -151,7 +164,10 @@ def _convert_adapters(found: Weights | Adapters, args: argparse.Namespace) -> di
 def _convert_model(found: Weights | Adapters, args: argparse.Namespace) -> dict[str, Any]:
     from flexidit.checkpoint import build_from, complete, save_checkpoint
 
-    source = build_from(complete(found, args.base, Path(args.input)), Path(args.input))
+    weights = complete(found, args.base, Path(args.input))
+    if args.input_size is not None and not weights.config.has_position_table:  # no weight depends on it
+        weights = replace(weights, config=_meant_for(weights.config, args.input_size))
+    source = build_from(weights, Path(args.input))
     model, layout = _chosen(source, args), _LAYOUTS[args.to]
     read = _facts(source.config, dict(source.named_parameters()))
     if args.dtype is not None:
@@ -161,6 +177,17 @@ def _convert_model(found: Weights | Adapters, args: argparse.Namespace) -> dict[
     written = save_checkpoint(model, args.output, layout_format=layout, text=found.text)  # type: ignore[arg-type]
     num_tensors = _verify(model, written, missing, layout)
     return _report(args, read, _facts(model.config, dict(model.named_parameters())), warning, num_tensors)
+
+
+def _meant_for(config: Any, size: int | tuple[int, ...]) -> Any:
+    """The config of a model of clips of this size."""
+    if isinstance(size, int) or len(size) != len(config.input_size):
+        raise ValueError(f"this model takes clips: give --input-size as FxHxW, such as {_times(config.input_size)}")
+    return replace(config, input_size=size)
+
+
+def _times(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides))
 
 
 def _dtype(args: argparse.Namespace) -> Any:
@@ -195,18 +222,8 @@ def _missing_fields(model: FlexiTransformer, layout: str) -> dict[str, Any]:
     told, assumed = _assumed_of_official(model) if layout == "official" else ([], _assumed_by_diffusers(model.config))
     config = layout_of_config(model.config).own_unit(model.config)
     names = [field.name for field in fields(config) if getattr(assumed, field.name) != getattr(config, field.name)]
-    held = _held_otherwise(config, layout)
+    held = layout_of_config(config).held_otherwise(config, layout == "diffusers")
     return {**dict.fromkeys(told), **{name: getattr(assumed, name) for name in names if name not in held}}
-
-
-def _held_otherwise(config: TextDiTConfig | DiTConfig, layout: str) -> set[str]:
-    """Fields whose difference makes none."""
-    is_text = isinstance(config, TextDiTConfig)
-    # The rate matters in training only; that there is a null condition is held.
-    held = {"class_dropout_prob"} if is_text or config.class_dropout_prob else set()
-    if isinstance(config, TextDiTConfig) and config.null_caption and layout == "diffusers":
-        held |= {"null_caption", "caption_length"}  # of a file beside the weights
-    return held
 
 
 def _assumed_by_diffusers(config: Any) -> Any:
@@ -220,7 +237,8 @@ def _assumed_of_official(model: FlexiTransformer) -> tuple[list[str], Any]:
     """What readers must be told, as little as possible, and what they take for the rest."""
     from flexidit.layouts import layout_of_config
 
-    read, state = layout_of_config(model.config).config_from_official, model.state_dict()
+    layout = layout_of_config(model.config)
+    read, state = layout.config_from_official, layout.to_official(model.state_dict())
     needed: tuple[list[str], ...] = ([], ["num_heads"], ["input_size"], ["num_heads", "input_size"])
     for names in needed[:-1]:
         try:
@@ -244,8 +262,7 @@ def _warning(config: Any, missing: dict[str, Any], layout: str) -> str:
             "with, so its outputs differ a little, as they do for DiT's published weights in that layout"
         )
     sentences = [f"readers must be told {', '.join(told)}"] if told else []
-    takers = "readers told nothing, such as DiT's own code," if layout == "official" else "readers told nothing"
-    sentences += [f"{takers} take {', '.join(differs.values())}"] if differs else []
+    sentences += [f"readers told nothing take {', '.join(differs.values())}"] if differs else []
     return f"the {layout} layout does not hold everything: {'; '.join(sentences)}" if sentences else ""
 
 
@@ -277,9 +294,9 @@ def _compare(
     return len(state)
 
 
-def _facts(config: TextDiTConfig | DiTConfig | Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _facts(config: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Of a model and its parameters, or of adapters."""
-    if isinstance(config, TextDiTConfig):
+    if isinstance(config, CaptionedConfig):
         condition = {"caption_length": config.caption_length, "caption_channels": config.caption_channels}
     else:
         condition = {"num_classes": config.num_classes}
@@ -332,7 +349,7 @@ def _describe(report: dict[str, Any]) -> str:
 
 
 def _in_words(facts: dict[str, Any], is_part: bool = False) -> str:
-    height, width = facts["input_size"]
+    sides = _times(facts["input_size"])
     kind = "plain" if facts["recipe"] is None else f"flexible ({facts['recipe']})"
     what = f"adapters of a {kind}" if is_part else kind
     condition = (
@@ -342,6 +359,6 @@ def _in_words(facts: dict[str, Any], is_part: bool = False) -> str:
     )
     return (
         f"{what} {facts['family']}, {facts['depth']} blocks of width {facts['hidden_size']}, "
-        f"patch {', '.join(facts['patch_sizes'])}, latent {facts['in_channels']}x{height}x{width}, "
+        f"patch {', '.join(facts['patch_sizes'])}, latent {facts['in_channels']}x{sides}, "
         f"{condition}, {facts['parameters'] / 1e6:.2f} M parameters, {facts['dtype']}"
     )

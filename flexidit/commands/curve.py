@@ -15,6 +15,7 @@ from torch import Tensor
 from flexidit import flops
 from flexidit.commands.curve_conditions import Asked, add_prompt_arguments, embed, judges_of, read_texts
 from flexidit.commands.curve_report import table_headings, table_rows, write_report
+from flexidit.commands.curve_tasks import Task, add_task_arguments, read_tasks, unreached_notes
 from flexidit.commands.evaluator import FEATURES, Evaluator, make_evaluator, sample_shape_of
 from flexidit.commands.sampling_setup import (
     Codec,
@@ -24,7 +25,6 @@ from flexidit.commands.sampling_setup import (
     even_batches,
     load_model,
     need_codec,
-    parse_numbers,
     pick_codec,
     progress_bar,
     warm_up,
@@ -32,14 +32,11 @@ from flexidit.commands.sampling_setup import (
 )
 from flexidit.files import write_atomically
 from flexidit.metrics.curve import (
-    Candidate,
     Evaluation,
     SamplingSettings,
-    Series,
-    base_patch_size,
-    candidates,
     cost_per_image,
 )
+from flexidit.metrics.curve_candidates import base_patch_size
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.curve_samples import solver_name
 from flexidit.metrics.features import FeatureExtractor
@@ -52,29 +49,13 @@ EXAMPLE = """flexidit curve student.safetensors --budgets 1.0,0.8,0.6,0.46 --cfg
       --captions captions_val2014.json --text-encoder t5-v1_1-xxl --clip clip-vit-large-patch14 \\
       --vae sd-vae-ft-ema --out sweep"""
 
-ORDERS: dict[str, Series] = {
-    "weak_first": "weak first",
-    "weak_last": "weak last",
-    "fewer_steps": "fewer steps",
-}
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_model_arguments(parser)
-    parser.add_argument("--budgets", default="1.0,0.8,0.6,0.46", metavar="LIST", help="default: %(default)s")
-    parser.add_argument("--order", default="weak_first", metavar="LIST", help=f"of {', '.join(ORDERS)}")
-    parser.add_argument("--seeds", default="0", metavar="LIST", help="a point each: 0,1,2 (default: %(default)s)")
+    add_task_arguments(parser)
     parser.add_argument("--num-samples", type=int, default=10_000, metavar="N", help="a point (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=250, metavar="N", help="denoising steps (default: %(default)s)")
-    parser.add_argument("--weak", metavar="SIZE", help="patch size of the cheap steps (default: the largest)")
     add_solver_arguments(parser)
-    parser.add_argument(
-        "--cfg-scale",
-        default="1.5",
-        metavar="LIST",
-        help="guidance; 1: none; a point each: 1,1.5,3 (default: %(default)s)",
-    )
     parser.add_argument("--guidance-channels", type=int, metavar="N", help="guide the first N (official DiT: 3)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument(
@@ -87,24 +68,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_prompt_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, and to continue in")
     parser.add_argument("--json", action="store_true", help="print what curve.json holds")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One point to measure."""
-
-    candidate: Candidate
-    cfg_scale: float
-    seed: int
-
-    @property
-    def key(self) -> tuple[str, float, int]:
-        """What decides the samples: series that meet in one schedule share its point."""
-        return str(self.candidate.schedule), self.cfg_scale, self.seed
-
-    def settings(self, shared: SamplingSettings) -> SamplingSettings:
-        """Its own, out of those that all points share."""
-        return replace(shared, cfg_scale=self.cfg_scale, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -145,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> Plan:
     """Everything read and checked: what cannot run is refused here, not after hours."""
     loaded = load_model(args)
-    tasks, settings = _tasks(args, loaded), _sampling_settings(args, loaded)
+    tasks, settings = read_tasks(args, loaded), _sampling_settings(args, loaded)
     for task in tasks:  # refuses an impossible solver or guidance
         cost_per_image(loaded.model, task.candidate.schedule, task.settings(settings))
     texts = read_texts(args, loaded.model)
@@ -170,25 +133,8 @@ def _plan(args: argparse.Namespace) -> Plan:
         judges=judges,
     )
     record = _record(args, loaded, codec, evaluation, asked)
-    notes = [] if asked is None else _notes(evaluation, asked)
+    notes = unreached_notes(args, loaded) + ([] if asked is None else _notes(evaluation, asked))
     return Plan(tasks, evaluation, {"settings": record, "floor": evaluator.floor, "notes": notes}, loaded, evaluator)
-
-
-def _tasks(args: argparse.Namespace, loaded: LoadedModel) -> list[Task]:
-    """Every seed of every guidance scale of every budget of every order, one whole curve after the other."""
-    scales = parse_numbers(args.cfg_scale, float, "--cfg-scale")
-    budgets = parse_numbers(args.budgets, float, "--budgets")
-    seeds = parse_numbers(args.seeds, int, "--seeds")
-    names = args.order.split(",")
-    for name in names:
-        if name not in ORDERS:
-            raise ValueError(f"unknown order {name!r}; give one or more of {', '.join(ORDERS)}")
-    found = [
-        candidate
-        for name in names
-        for candidate in candidates(loaded.model, budgets, args.steps, ORDERS[name], args.weak, loaded.merged)
-    ]
-    return [Task(candidate, scale, seed) for seed in seeds for scale in scales for candidate in found]
 
 
 def _sampling_settings(args: argparse.Namespace, loaded: LoadedModel) -> SamplingSettings:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flexidit import report
 from flexidit.files import write_atomically
+from flexidit.guidance_plot import guidance_figure
+from flexidit.metrics.curve_candidates import MIXTURE
 from flexidit.metrics.curve_points import CurvePoint
-from flexidit.plots import curve_figure, guidance_figure
+from flexidit.plots import curve_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +25,7 @@ class _Column(NamedTuple):
     """A column of the table."""
 
     heading: str
+    """Where it says {a_sample}, "an image" or "a clip" stands in the table."""
     cell: Callable[[Sequence[CurvePoint]], str]
     """Of a row: points that differ in their seed only."""
     is_shown: Callable[[Sequence[CurvePoint]], bool] = bool
@@ -52,13 +55,19 @@ def is_sweep(points: Sequence[CurvePoint]) -> bool:
     return len({point.cfg_scale for point in points}) > 1
 
 
+def _has_mixtures(points: Sequence[CurvePoint]) -> bool:
+    """Whether the budget alone does not say what ran."""
+    return any(point.series == MIXTURE for point in points)
+
+
 _COLUMNS = (
     _Column("series", lambda row: row[0].series),
     _Column("budget", lambda row: f"{row[0].budget:g}"),
+    _Column("schedule", lambda row: row[0].schedule, _has_mixtures),
     _Column("guidance", lambda row: f"{row[0].cfg_scale:g}", is_sweep),
     _Column("FLOPs", lambda row: f"{row[0].relative_flops:.1%}"),
-    _Column("GFLOPs an image", lambda row: f"{row[0].flops_per_image / 1e9:,.2f}"),
-    _Column("seconds an image", _mean("seconds_per_image", ".3g")),
+    _Column("GFLOPs {a_sample}", lambda row: f"{row[0].flops_per_image / 1e9:,.2f}"),
+    _Column("seconds {a_sample}", _mean("seconds_per_image", ".3g")),
     _Column("Frechet distance", _frechet),
     _Column("Frechet distance of frames", _mean("frechet_frames", ".3f"), _has("frechet_frames")),
     _Column("accuracy", _mean("accuracy", ".1%"), _has("accuracy")),
@@ -72,15 +81,15 @@ _COLUMNS = (
 
 def table_headings(points: Sequence[CurvePoint]) -> tuple[str, ...]:
     """Of the columns that these points need: those in which nothing is known, or all guidance is one, are left out."""
-    return tuple(column.heading for column in _shown(points))
+    return tuple(column.heading.format(a_sample=points[0].a_sample) for column in _shown(points))
 
 
 def table_rows(points: Sequence[CurvePoint]) -> Iterator[tuple[str, ...]]:
-    """Cells of the table, one row per series, budget and guidance: the mean and the range over seeds."""
+    """Cells of the table, one row per series, schedule and guidance: the mean and the range over seeds."""
     columns = _shown(points)
     rows: dict[Any, list[CurvePoint]] = defaultdict(list)
     for point in points:
-        rows[point.series, point.budget, point.cfg_scale].append(point)
+        rows[point.series, point.budget, point.schedule, point.cfg_scale].append(point)
     for row in rows.values():
         yield tuple(column.cell(row) for column in columns)
 

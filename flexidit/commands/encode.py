@@ -1,4 +1,4 @@
-"""``flexidit encode``: images, with labels or captions, to shards of latents."""
+"""``flexidit encode``: images, with labels or captions, and captioned clips, to shards of latents."""
 
 import argparse
 import json
@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from flexidit.caption_shards import CaptionedLatents, encode_captioned
-from flexidit.captioned_images import find_captioned_images
+from flexidit.captioned_images import find_captioned_clips, find_captioned_images
+from flexidit.clips import CLIP_SUFFIXES, ClipSettings
 from flexidit.commands.sampling_setup import pick_device
 from flexidit.files import write_atomically
-from flexidit.images import find_images
+from flexidit.images import IMAGE_SUFFIXES, find_images
 from flexidit.latent_encoding import EncodeResult, EncodeSettings, encode_images
-from flexidit.latents import LatentCodec, PixelCodec
+from flexidit.latents import Codec, LatentCodec, PixelCodec
+from flexidit.sample_readers import ClipReader, ImageReader, SampleReader
 from flexidit.skips import SkipReport
 from flexidit.text import make_text_encoder
 
@@ -22,31 +24,46 @@ Encode = Callable[..., EncodeResult]
 
 _SKIPPED = "skipped.jsonl"
 
-HELP = "turn images into shards of VAE latents with a fingerprint: labelled, in both flips, or with embedded captions"
+_FRAMES, _FPS = 81, 16.0  # Wan's
+_ALL_FRAMES = "all"
+
+HELP = "turn images or clips into shards of VAE latents with a fingerprint: labelled, or with embedded captions"
 EXAMPLE = (
     "flexidit encode data/imagenet/train --vae stabilityai/sd-vae-ft-ema --size 256 --out data/latents/train\n"
     "  flexidit encode data/coco/train2017 --captions data/coco/annotations/captions_train2017.json "
-    "--text-encoder models/pixart --vae models/pixart/vae --out data/latents/coco"
+    "--text-encoder models/pixart --vae models/pixart/vae --out data/latents/coco\n"
+    "  flexidit encode data/clips --captions --frames 81 --fps 16 --size 480x832 --text-encoder models/wan "
+    "--vae models/wan/vae --out data/latents/clips"
 )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "images", type=Path, help="folder of images: a folder a class, flat with labels.csv, or captioned"
+        "source",
+        type=Path,
+        metavar="FOLDER",
+        help="images (a folder a class, flat with labels.csv, or captioned), or captioned clips",
     )
     parser.add_argument(
-        "--vae", required=True, help="folder or hub id of an AutoencoderKL or AutoencoderTiny; 'pixels' for none"
+        "--vae",
+        required=True,
+        help="folder or hub id of an AutoencoderKL or AutoencoderTiny, for clips also of an AutoencoderKLWan or "
+        "AutoencoderKLCogVideoX; 'pixels' for none",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an interrupted run continues there")
-    parser.add_argument("--size", type=int, default=256, help="side of the centre crop in pixels (default 256)")
-    parser.add_argument("--labels", type=Path, help="CSV with class_index and file or wnid (default IMAGES/labels.csv)")
-    parser.add_argument("--num-classes", type=int, help="classes of the model, to check the labels against")
-    parser.add_argument("--batch-size", type=int, help="images encoded at once (default 4 on a CPU, 32 on a GPU)")
     parser.add_argument(
-        "--shard-size", type=int, default=256, help="images a shard, what an interruption can lose (default 256)"
+        "--size", help="side of the centre crop in pixels, of clips also HxW (default 256; of clips 480x832)"
     )
-    parser.add_argument("--workers", type=int, default=_default_workers(), help="processes that read images")
+    parser.add_argument("--labels", type=Path, help="CSV with class_index and file or wnid (default FOLDER/labels.csv)")
+    parser.add_argument("--num-classes", type=int, help="classes of the model, to check the labels against")
+    parser.add_argument(
+        "--batch-size", type=int, help="samples encoded at once (default 4 on a CPU, 32 on a GPU; 1 clip)"
+    )
+    parser.add_argument(
+        "--shard-size", type=int, help="samples a shard, what an interruption can lose (default 256 images, 32 clips)"
+    )
+    parser.add_argument("--workers", type=int, default=_default_workers(), help="processes that read files")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float16", help="on disk (default float16)"
@@ -59,6 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     _configure_captions(parser.add_argument_group("captions"))
+    _configure_clips(parser.add_argument_group("clips"))
 
 
 def _configure_captions(group: argparse._ArgumentGroup) -> None:
@@ -67,7 +85,7 @@ def _configure_captions(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="auto",
         metavar="PATH",
-        help="COCO's .json, a .jsonl, or a folder of .txt or .json files; without PATH, what lies in IMAGES is used",
+        help="COCO's .json, a .jsonl, or a folder of .txt or .json files; without PATH, what lies in FOLDER is used",
     )
     group.add_argument(
         "--text-encoder", metavar="NAME", help="folder or hub id of a T5 or of its pipeline; 'words' for demonstrations"
@@ -82,6 +100,18 @@ def _configure_captions(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _configure_clips(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--frames", type=int, metavar="N", help=f"of a clip, the middle ones of longer files (default {_FRAMES})"
+    )
+    group.add_argument(
+        "--fps", help=f"frames a second, whatever the files have; 'all' takes them as stored (default {_FPS:g})"
+    )
+    group.add_argument(
+        "--tiling", action="store_true", help="encode in overlapping tiles: less memory, slight differences at seams"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Encode and report.
 
@@ -89,12 +119,11 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError, ValueError: in one sentence, on input that cannot be used.
     """
     _check(args)
+    reader = _reader(args)
     device = str(pick_device(args.device))
-    batch_size = args.batch_size if args.batch_size is not None else (4 if device == "cpu" else 32)
-    flip = args.flip if args.flip is not None else args.captions is None
-    settings = EncodeSettings(args.size, args.shard_size, batch_size, args.dtype, flip, max(0, args.workers))
-    encode = _with_labels(args) if args.captions is None else _with_captions(args, device)
-    codec = PixelCodec() if args.vae == "pixels" else LatentCodec(args.vae, device=device, batch_size=batch_size)
+    settings = _settings(args, reader, device)
+    encode = _with_labels(args) if args.captions is None else _with_captions(args, reader, device)
+    codec = _codec(args, settings, device)
     _ = codec.fingerprint  # a VAE that cannot be read is refused before the bar appears
     with _progress(enabled=not args.json) as on_progress:
         result = encode(codec, args.out, settings, on_progress)
@@ -111,21 +140,96 @@ def _write_skips(result: EncodeResult, out: Path) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Options that contradict one another."""
+    """Refuse options that contradict one another."""
     if args.captions is None and (args.text_encoder or args.tokenizer or args.max_tokens):
-        raise ValueError("--text-encoder, --tokenizer and --max-tokens are for captioned images: add --captions")
+        raise ValueError("--text-encoder, --tokenizer and --max-tokens are for captions: add --captions")
     if args.captions is not None and not args.text_encoder:
         raise ValueError("--captions needs --text-encoder: the folder or hub id of a T5, or 'words' for demonstrations")
     if args.captions is not None and (args.labels or args.num_classes):
         raise ValueError("images are encoded with labels or with captions: leave out --captions, or the labels")
 
 
+def _reader(args: argparse.Namespace) -> SampleReader:
+    """For clips if that is what lies in the folder, or if ``--frames`` is given."""
+    size = _parse_size(args.size)
+    if args.frames is None and not _has_clips_only(args.source):
+        if args.fps is not None:
+            raise ValueError(f"--fps is for clips: add --frames to encode those of {args.source}, or leave it out")
+        if isinstance(size, tuple):
+            raise ValueError(f"images are cropped to squares: give one side to --size, got {args.size}")
+        return ImageReader(size or 256)
+    if args.captions is None:
+        raise ValueError("clips are encoded with captions: add --captions and --text-encoder")
+    square = (size, size) if isinstance(size, int) else (480, 832)
+    frames = _FRAMES if args.frames is None else args.frames
+    return ClipReader(ClipSettings(frames, size if isinstance(size, tuple) else square, _parse_fps(args.fps)))
+
+
+def _has_clips_only(folder: Path) -> bool:
+    """Whether there are clips below a folder and no images."""
+    found = False
+    for path in folder.rglob("*"):
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            return False
+        found = found or suffix in CLIP_SUFFIXES
+    return found
+
+
+def _parse_size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"--size {text!r} is no size: write 256, or 480x832 (height x width) for clips")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _parse_fps(text: str | None) -> float | None:
+    if text == _ALL_FRAMES:
+        return None
+    try:
+        return _FPS if text is None else float(text)
+    except ValueError:
+        raise ValueError(f"--fps {text!r} is no number: write 16, or {_ALL_FRAMES} for the frames as stored") from None
+
+
+def _settings(args: argparse.Namespace, reader: SampleReader, device: str) -> EncodeSettings:
+    is_clip = isinstance(reader, ClipReader)
+    batch_size, shard_size = (1, 32) if is_clip else (_images_at_once(device), 256)
+    return EncodeSettings(
+        reader,
+        shard_size=shard_size if args.shard_size is None else args.shard_size,
+        batch_size=batch_size if args.batch_size is None else args.batch_size,
+        dtype=args.dtype,
+        flip=args.flip if args.flip is not None else args.captions is None,
+        num_workers=max(0, args.workers),
+    )
+
+
+def _codec(args: argparse.Namespace, settings: EncodeSettings, device: str) -> Codec:
+    """The VAE; it counts frames where this command counts clips."""
+    if args.vae == "pixels":
+        return PixelCodec()
+    reader = settings.reader
+    at_once = _images_at_once(device) if isinstance(reader, ClipReader) else settings.batch_size
+    codec = LatentCodec(args.vae, device=device, batch_size=at_once, tiling=args.tiling)
+    if isinstance(reader, ClipReader) and codec.is_video:
+        codec.batch_size = settings.batch_size * reader.settings.num_frames
+    return codec
+
+
+def _images_at_once(device: str) -> int:
+    return 4 if device == "cpu" else 32
+
+
 def _with_labels(args: argparse.Namespace) -> Encode:
-    return partial(encode_images, find_images(args.images, args.labels, args.num_classes))
+    return partial(encode_images, find_images(args.source, args.labels, args.num_classes))
 
 
-def _with_captions(args: argparse.Namespace, device: str) -> Encode:
-    images = find_captioned_images(args.images, None if args.captions == "auto" else args.captions)
+def _with_captions(args: argparse.Namespace, reader: SampleReader, device: str) -> Encode:
+    find = find_captioned_clips if isinstance(reader, ClipReader) else find_captioned_images
+    source = find(args.source, None if args.captions == "auto" else args.captions)
     encoder = make_text_encoder(
         args.text_encoder,
         tokenizer=args.tokenizer,
@@ -135,7 +239,7 @@ def _with_captions(args: argparse.Namespace, device: str) -> Encode:
         batch_size=8 if device == "cpu" else 64,
     )
     _ = encoder.fingerprint  # refused before the bar appears, as the VAE
-    return partial(encode_captioned, images, encoder)
+    return partial(encode_captioned, source, encoder)
 
 
 def _default_workers() -> int:

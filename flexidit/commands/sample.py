@@ -1,6 +1,7 @@
-"""``flexidit sample``: pictures from a checkpoint under a schedule or at several budgets, and what they cost.
+"""``flexidit sample``: pictures or clips from a checkpoint under a schedule or at several budgets, and what they cost.
 
-Shape legend: N samples, C channels, H W height and width, Z latent channels, h w latent height and width.
+Shape legend: N samples, n of them in one batch, Z latent channels, h w latent height and width (f h w of
+clips).
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from io import BytesIO
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from flexidit import __version__, flops
 from flexidit.commands.sample_conditions import Asked, Told, add_condition_arguments, read_asked, tell
+from flexidit.commands.sample_files import Cost, SampleFiles, add_file_arguments, make_files
+from flexidit.commands.sample_plans import Plan, add_plan_arguments, read_plans, read_size
 from flexidit.commands.sampling_setup import (
     Codec,
     LoadedModel,
@@ -27,7 +30,6 @@ from flexidit.commands.sampling_setup import (
     load_model,
     need_codec,
     now,
-    parse_numbers,
     pick_codec,
     progress_bar,
     step_flops,
@@ -35,73 +37,89 @@ from flexidit.commands.sampling_setup import (
     warn_of_other_codec,
 )
 from flexidit.files import write_atomically
-from flexidit.metrics.curve import candidates
-from flexidit.patch_size import PatchSize
-from flexidit.pictures import GridRow, draw_grid, to_image
-from flexidit.sampling.sampler import Sampler
+from flexidit.sampling.sampler import Call, Sampler
 from flexidit.sampling.schedule import PatchSchedule
 
-HELP = "pictures from a checkpoint under a schedule, or at one or more budgets, with what they cost"
+HELP = "pictures or clips from a checkpoint under a schedule, or at one or more budgets, with what they cost"
 EXAMPLE = """flexidit sample student.safetensors --classes 207,360 --budget 1.0,0.6 --vae sd-vae-ft-ema --out pictures
   flexidit sample last.ckpt --base pixart --prompts "a red fox in snow;a harbour at dawn" --text-encoder pixart \\
-    --vae pixart/vae --merge --solver dpm++ --steps 20 --cfg-scale 4.5 --budget 1.0,0.6 --out pictures"""
+    --vae pixart/vae --merge --solver dpm++ --steps 20 --cfg-scale 4.5 --budget 1.0,0.6 --out pictures
+  flexidit sample last.ckpt --base wan --prompt-file prompts.txt --text-encoder wan --vae wan/vae --steps 50 \\
+    --schedule 1x4x4:20,2x2x2:10,2:20 --frames 21 --layout vbench --fps 16 --out clips"""
 
-MAX_BATCH = 32
+MAX_IMAGES, MAX_CLIPS = 32, 4
 """Samples in one forward pass if nobody says otherwise."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One schedule to sample under."""
+class Setting:
+    """What all schedules share."""
 
-    schedule: PatchSchedule
-    prefix: str = ""
-    """What the names of its files begin with; empty for a single schedule."""
-    budget: float | None = None
-    """Relative FLOPs that were asked for; None where the schedule was."""
+    loaded: LoadedModel
+    asked: Asked
+    told: Told
+    size: tuple[int, ...]
+    """Latent size."""
+    codec: Codec | None
+    batch_size: int
+    seed: int
+
+    @property
+    def num_batches(self) -> int:
+        """Of each schedule."""
+        return -(-self.asked.num_samples // self.batch_size)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out under one schedule: one entry of ``samples.json``."""
+    """What came out under one schedule."""
 
-    budget: float | None
-    schedule: str
-    num_steps: int
-    relative_flops: float
-    """FLOPs of what ran, relative to the base patch size at each of these steps; captions counted at every step, as the
-    paper does."""
-    gflops_per_image: float
-    captions_once: dict[str, float] | None
-    """Both numbers with captions counted once, as they ran; None for models of classes."""
-    seconds_per_image: float
+    plan: Plan
+    costs: dict[flops.CaptionWork, flops.ScheduleCost]
+    """FLOPs of one sample as it ran, relative to the base patch size at each of these steps; in each way to count."""
+    num_samples: int
+    seconds: float
     """Sampling without decoding; depends on batch size and device."""
-    images_per_second: float
-    decoding_seconds_per_image: float | None
+    decoding: float | None
+    """Seconds; None where nothing was decoded."""
     files: list[str]
+
+    def entry(self, sample: str, is_text: bool) -> dict[str, Any]:
+        """The same as ``samples.json`` has it, for an "image" or a "clip".
+
+        FLOPs count captions at every step, as the paper does; ``captions_once`` says both numbers as they ran.
+        """
+        return {
+            "budget": self.plan.budget,
+            "schedule": str(self.plan.schedule),
+            "num_steps": len(self.plan.schedule),
+            **_cost_entries(self.costs["every_step"], sample),
+            "captions_once": _cost_entries(self.costs["once"], sample) if is_text else None,
+            f"seconds_per_{sample}": self.seconds / self.num_samples,
+            f"{sample}s_per_second": self.num_samples / self.seconds,
+            f"decoding_seconds_per_{sample}": None if self.decoding is None else self.decoding / self.num_samples,
+            "files": self.files,
+        }
+
+    def time(self, sample: str) -> str:
+        """In a few words."""
+        return f"{self.seconds / self.num_samples:.3g} s a{'n' * (sample == 'image')} {sample}"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_model_arguments(parser)
     add_condition_arguments(parser)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--schedule", metavar="STAGES", help="patch size:steps in sampling order, such as 4:180,2:70")
-    which.add_argument("--budget", metavar="LIST", help="relative FLOPs, such as 0.6 or 1.0,0.6,0.46 (default: 1.0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: 250, or the schedule's)")
-    parser.add_argument("--weak", metavar="SIZE", help="patch size of a budget's cheap steps (default: the largest)")
-    parser.add_argument(
-        "--guide-powerful-steps",
-        type=int,
-        metavar="N",
-        help="last steps whose guiding prediction is powerful (default: those of the conditional one)",
-    )
+    add_plan_arguments(parser)
     add_solver_arguments(parser)
     parser.add_argument("--cfg-scale", type=float, default=4.0, metavar="X", help="1: none (default: %(default)s)")
     parser.add_argument("--weak-guidance-scale", type=float, metavar="X", help="default: coupled to --cfg-scale")
     parser.add_argument("--guidance-channels", type=int, metavar="N", help="guide the first N (official DiT: 3)")
     parser.add_argument("--seed", type=int, default=0, help="the same noise for every budget (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help=f"images at once (default: up to {MAX_BATCH})")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help=f"at once (default: up to {MAX_IMAGES} images, {MAX_CLIPS} clips)"
+    )
+    add_file_arguments(parser)
     parser.add_argument("--latents", action="store_true", help="also save the latents, as safetensors")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--json", action="store_true", help="print what samples.json holds")
@@ -114,62 +132,32 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError, ValueError: in one sentence, on input that cannot be used.
     """
     loaded = load_model(args)
-    asked = read_asked(args, loaded)
-    batch_size = _batch_size(args, asked.num_samples)
-    plans = _plans(args, loaded)
+    asked, size = read_asked(args, loaded), read_size(args, loaded.model)
+    batch_size = _batch_size(args, asked.num_samples, MAX_CLIPS if len(size) == 3 else MAX_IMAGES)
+    plans = read_plans(args, loaded, size)
     samplers = [_sampler(args, loaded, plan.schedule) for plan in plans]  # refuses what cannot run before anything runs
     codec = pick_codec(loaded.model, args.vae, loaded.device)
     warn_of_other_codec(loaded, codec)
     if not args.latents:
         need_codec(codec, loaded.model, ", or --latents to save them as they are")
-    told = tell(args, loaded, asked)
+    files = make_files(args, asked, size, codec)
+    run_in = Setting(loaded, asked, tell(args, loaded, asked), size, codec, batch_size, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    report = _report(args, loaded, samplers[0], codec) | told.record
-    results = _sample_all(args, loaded, asked, told, plans, samplers, codec, batch_size)
-    report["runs"] = [asdict(result) for result in results]
-    write_atomically(args.out / "samples.json", (json.dumps(report, indent=2) + "\n").encode())
-    print(json.dumps(report, indent=2) if args.json else _describe(report, args.out))
-    return 0
-
-
-def _plans(args: argparse.Namespace, loaded: LoadedModel) -> list[Plan]:
-    base, powerful_steps = loaded.model.base_patch_size, args.guide_powerful_steps
-    if args.schedule is not None:
-        schedule = PatchSchedule.parse(args.schedule)
-        if args.steps not in (None, len(schedule)):
-            raise ValueError(f"--schedule has {len(schedule)} steps and --steps says {args.steps}; leave --steps out")
-        return [Plan(schedule if powerful_steps is None else _with_guide(schedule, powerful_steps, base))]
-    budgets = parse_numbers("1.0" if args.budget is None else args.budget, float, "--budget")
-    num_steps = 250 if args.steps is None else args.steps
-    if num_steps < 1:
-        raise ValueError(f"--steps {num_steps} must be at least 1")
-    plans = []
-    for candidate in candidates(loaded.model, budgets, num_steps, weak=args.weak, merged=loaded.merged):
-        schedule = candidate.schedule
-        if powerful_steps is not None and candidate.budget != 1.0:  # the full budget stands beside the others as it is
-            schedule = _with_guide(schedule, powerful_steps, base)
-        prefix = f"budget-{candidate.budget:g}_" if len(budgets) > 1 else ""
-        plans.append(Plan(schedule, prefix, candidate.budget))
-    return plans
-
-
-def _with_guide(schedule: PatchSchedule, powerful_steps: int, base: PatchSize) -> PatchSchedule:
-    """The schedule with a guiding branch that is powerful for so many last steps only (READING.md 12)."""
-    weak = schedule[0].cond
-    num_weak = sum(step.cond == weak for step in schedule)
-    two_stages = PatchSchedule.from_stages([(weak, num_weak), (base, max(1, len(schedule) - num_weak))])
-    if weak == base or schedule != two_stages:
-        raise ValueError(
-            "--guide-powerful-steps goes with schedules of one weak stage and one powerful stage; "
-            "write the guiding branch of others after a slash, as in --schedule 4:160,2:90/4:200,2:50"
-        )
-    return PatchSchedule.weak_first(
-        num_steps=len(schedule),
-        weak_steps=num_weak,
-        guide_powerful_steps=powerful_steps,
-        weak=weak,
-        powerful=base,
+    warm_up(
+        loaded,
+        [step for plan in plans for step in plan.schedule],
+        batch_size,
+        run_in.told.y,
+        run_in.told.negative,
+        size,
+        **_guidance(args),
     )
+    results = _sample_all(run_in, plans, samplers, files, show=not args.json)
+    report = _report(args, run_in, samplers[0]) | files.record
+    report["runs"] = [result.entry(files.sample, asked.is_text) for result in results]
+    write_atomically(args.out / "samples.json", (json.dumps(report, indent=2) + "\n").encode())
+    print(json.dumps(report, indent=2) if args.json else _describe(report, files, args.out))
+    return 0
 
 
 def _sampler(args: argparse.Namespace, loaded: LoadedModel, schedule: PatchSchedule) -> Sampler:
@@ -186,105 +174,74 @@ def _guidance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sample_all(
-    args: argparse.Namespace,
-    loaded: LoadedModel,
-    asked: Asked,
-    told: Told,
-    plans: Sequence[Plan],
-    samplers: Sequence[Sampler],
-    codec: Codec | None,
-    batch_size: int,
+    setting: Setting, plans: Sequence[Plan], samplers: Sequence[Sampler], files: SampleFiles, show: bool
 ) -> list[Result]:
-    """Sample under one plan after the other; pictures are written as soon as they are there, the grid at the end."""
-    steps = [step for plan in plans for step in plan.schedule]
-    warm_up(loaded, steps, batch_size, told.y, told.negative, **_guidance(args))
-    costs = flops.forward_costs(loaded.model, merged=loaded.merged, captions="once")
+    """One plan after the other, batch by batch; what is there is written at once, the overview at the end."""
+    costs = flops.forward_costs(setting.loaded.model, setting.size, merged=setting.loaded.merged, captions="once")
     per_step = [[step_flops(step, costs, s.is_guided) for step in s.schedule] for s in samplers]
-    total = sum(map(sum, per_step)) * -(-asked.num_samples // batch_size)
-    results, rows = [], []
-    with progress_bar("sampling", total, enabled=not args.json) as advance:
+    results = []
+    with progress_bar("sampling", sum(map(sum, per_step)) * setting.num_batches, enabled=show) as advance:
         for plan, sampler, step_costs in zip(plans, samplers, per_step, strict=True):
-            began = now(loaded.device)
-            latents = _draw(sampler, told, args.seed, batch_size, step_costs, advance)
-            seconds = now(loaded.device) - began
-            pixels, decoding = _decoded(codec, latents, loaded.device)
-            files = _write(args, plan, asked, latents, pixels)
-            costs_ran = _costs_per_image(loaded, sampler, asked.num_samples, batch_size)
-            results.append(_result(plan, costs_ran, asked, seconds, decoding, files))
-            rows.append(pixels)
-    if codec is not None:
-        _write_grid(args.out / "grid.png", [pixels for pixels in rows if pixels is not None], asked, results)
+            results.append(_sample_plan(setting, plan, sampler, files, partial(_advance, advance, step_costs)))
+    files.finish([Cost(result.costs["every_step"].relative, result.time(files.sample)) for result in results])
     return results
 
 
-def _batch_size(args: argparse.Namespace, num_samples: int) -> int:
-    if args.batch_size is None:
-        return even_batches(num_samples, MAX_BATCH)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
-    return min(args.batch_size, num_samples)
+def _advance(advance: Callable[[float], None], step_costs: Sequence[int], step: int) -> None:
+    advance(step_costs[step])
+
+
+def _sample_plan(
+    setting: Setting, plan: Plan, sampler: Sampler, files: SampleFiles, on_step: Callable[[int], None]
+) -> Result:
+    generator = torch.Generator().manual_seed(setting.seed)
+    trace: list[Call] = []
+    names, sampling, decoding = files.begin(plan), 0.0, None
+    for rows in torch.arange(setting.asked.num_samples).split(setting.batch_size):
+        began = now(setting.loaded.device)
+        latents = _draw(setting, sampler, rows, generator, on_step)
+        sampled = now(setting.loaded.device)
+        pixels = None if setting.codec is None else setting.codec.decode(latents).cpu()
+        if pixels is not None:
+            decoding = (decoding or 0.0) + now(setting.loaded.device) - sampled
+        sampling += sampled - began
+        trace += sampler.trace
+        names += files.write(plan, rows.tolist(), latents.cpu(), pixels)
+    costs = _costs_per_sample(setting, trace)
+    return Result(plan, costs, setting.asked.num_samples, sampling, decoding, names + files.end(plan))
 
 
 def _draw(
-    sampler: Sampler,
-    told: Told,
-    seed: int,
-    batch_size: int,
-    step_costs: Sequence[int],
-    advance: Callable[[float], None],
+    setting: Setting, sampler: Sampler, rows: Tensor, generator: torch.Generator, on_step: Callable[[int], None]
 ) -> Tensor:
-    """(N, Z, h, w) of finite values."""
+    """(n, Z, [f,] h, w) of finite values."""
     latents = sampler(
-        told.y,
-        negative=told.negative,
-        generator=torch.Generator().manual_seed(seed),
-        batch_size=batch_size,
-        on_step=lambda step, x: advance(step_costs[step]),
+        setting.told.y[setting.told.rows[rows]],
+        negative=setting.told.negative,
+        generator=generator,
+        size=setting.size,
+        batch_size=setting.batch_size,
+        on_step=lambda step, x: on_step(step),
     )
     if not latents.isfinite().all():
         raise ValueError("the samples hold NaN or infinity; try --dtype float32, or look at the weights")
     return latents
 
 
-def _decoded(codec: Codec | None, latents: Tensor, device: torch.device) -> tuple[Tensor | None, float | None]:
-    """Pixels (N, C, H, W) on the CPU, and the seconds it took."""
-    if codec is None:
-        return None, None
-    began = now(device)
-    pixels = codec.decode(latents).cpu()
-    return pixels, now(device) - began
+def _batch_size(args: argparse.Namespace, num_samples: int, limit: int) -> int:
+    if args.batch_size is None:
+        return even_batches(num_samples, limit)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    return min(args.batch_size, num_samples)
 
 
-def _write(args: argparse.Namespace, plan: Plan, asked: Asked, latents: Tensor, pixels: Tensor | None) -> list[str]:
-    """Write the samples of one plan; returns the names of the files."""
-    files = []
-    if args.latents:
-        from safetensors.torch import save
-
-        files.append(f"{plan.prefix}latents.safetensors")
-        tensors = {"latents": latents.cpu().contiguous(), "prompts" if asked.is_text else "classes": asked.indices()}
-        write_atomically(args.out / files[-1], save(tensors))
-    if pixels is not None:
-        for stem, image in zip(asked.stems(), pixels, strict=True):
-            files.append(f"{plan.prefix}{stem}.png")
-            write_atomically(args.out / files[-1], _png(to_image(image)))
-    return files
-
-
-def _png(image: Any) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _costs_per_image(
-    loaded: LoadedModel, sampler: Sampler, num_samples: int, batch_size: int
-) -> dict[flops.CaptionWork, flops.ScheduleCost]:
-    """What ran, divided by the images that ran, those that filled up the last batch included; in each way to count."""
-    num_ran = -(-num_samples // batch_size) * batch_size
+def _costs_per_sample(setting: Setting, trace: Sequence[Call]) -> dict[flops.CaptionWork, flops.ScheduleCost]:
+    """What ran, divided by the samples that ran, those that filled up the last batch included; in each way to count."""
+    num_ran, loaded = setting.num_batches * setting.batch_size, setting.loaded
     ways: tuple[flops.CaptionWork, ...] = ("every_step", "once")
     return {
-        way: _share(flops.trace_cost(loaded.model, sampler.trace, None, loaded.merged, way), num_ran) for way in ways
+        way: _share(flops.trace_cost(loaded.model, trace, setting.size, loaded.merged, way), num_ran) for way in ways
     }
 
 
@@ -293,58 +250,13 @@ def _share(cost: flops.ScheduleCost, count: int) -> flops.ScheduleCost:
     return flops.ScheduleCost(by_size, cost.powerful_total // count, cost.captions // count)
 
 
-def _result(
-    plan: Plan,
-    costs: dict[flops.CaptionWork, flops.ScheduleCost],
-    asked: Asked,
-    seconds: float,
-    decoding: float | None,
-    files: list[str],
-) -> Result:
-    num_samples = asked.num_samples
-    return Result(
-        budget=plan.budget,
-        schedule=str(plan.schedule),
-        num_steps=len(plan.schedule),
-        **_cost_entries(costs["every_step"]),
-        captions_once=_cost_entries(costs["once"]) if asked.is_text else None,
-        seconds_per_image=seconds / num_samples,
-        images_per_second=num_samples / seconds,
-        decoding_seconds_per_image=None if decoding is None else decoding / num_samples,
-        files=files,
-    )
+def _cost_entries(cost: flops.ScheduleCost, sample: str) -> dict[str, float]:
+    return {"relative_flops": round(cost.relative, 4), f"gflops_per_{sample}": round(cost.total / 1e9, 3)}
 
 
-def _cost_entries(cost: flops.ScheduleCost) -> dict[str, float]:
-    return {"relative_flops": round(cost.relative, 4), "gflops_per_image": round(cost.total / 1e9, 3)}
-
-
-def _write_grid(path: Path, pictures: Sequence[Tensor], asked: Asked, results: Sequence[Result]) -> None:
-    """A row for each class or prompt; of several budgets one for each, or, as prompts are long, a column."""
-    title = "the same noise at each budget"
-    if len(results) == 1:
-        images = pictures[0].chunk(len(asked.names))
-        rows = [GridRow(row, *label) for row, label in zip(images, asked.labels(), strict=True)]
-        picture = draw_grid(rows, _headline(results[0]))
-    elif asked.is_text:
-        labels = [label for label in asked.labels() for _ in range(asked.num_each)]
-        beside = torch.stack(list(pictures), dim=1)  # (N, budgets, C, H, W)
-        rows = [GridRow(row, *label) for row, label in zip(beside, labels, strict=True)]
-        picture = draw_grid(rows, title, [f"{result.relative_flops:.0%}" for result in results])
-    else:
-        names = [f"{result.relative_flops:.1%} FLOPs" for result in results]
-        notes = [f"{result.seconds_per_image:.3g} s an image" for result in results]
-        rows = [GridRow(*row) for row in zip(pictures, names, notes, strict=True)]
-        picture = draw_grid(rows, title, [f"class {label}" for label in asked.indices().tolist()])
-    write_atomically(path, _png(picture))
-
-
-def _headline(result: Result) -> str:
-    return f"{result.relative_flops:.1%} of the FLOPs, {result.seconds_per_image:.3g} s an image"
-
-
-def _report(args: argparse.Namespace, loaded: LoadedModel, sampler: Sampler, codec: Codec | None) -> dict[str, Any]:
+def _report(args: argparse.Namespace, setting: Setting, sampler: Sampler) -> dict[str, Any]:
     """Everything needed to draw the same samples again."""
+    loaded, codec = setting.loaded, setting.codec
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return {
         "arguments": arguments,
@@ -356,21 +268,23 @@ def _report(args: argparse.Namespace, loaded: LoadedModel, sampler: Sampler, cod
         "weak_guidance_scale": sampler.weak_guidance_scale,
         "device": loaded.device_name,
         "precision": loaded.precision,
+        **({} if setting.size == tuple(loaded.model.input_size) else {"latent_size": list(setting.size)}),
         "versions": {"flexidit": __version__, "torch": str(torch.__version__)},
+        **setting.told.record,
     }
 
 
-def _describe(report: dict[str, Any], out: Path) -> str:
+def _describe(report: dict[str, Any], files: SampleFiles, out: Path) -> str:
     """What a person wants to know, one line a schedule."""
     lines = [f"{report['model']} on {report['device']}, {report['precision']}"]
+    sample, article = files.sample, "an" if files.sample == "image" else "a"
     for entry in report["runs"]:
         once = entry["captions_once"]
-        as_ran = "" if once is None else f" ({once['gflops_per_image']:,.2f} as it ran, captions computed once)"
+        as_ran = "" if once is None else f" ({once[f'gflops_per_{sample}']:,.2f} as it ran, captions computed once)"
         lines.append(
-            f"{entry['relative_flops']:.1%} of the FLOPs: {entry['gflops_per_image']:,.2f} GFLOPs{as_ran} and "
-            f"{entry['seconds_per_image']:.3g} s an image, {entry['images_per_second']:.3g} images/s; "
-            f"{entry['schedule']}"
+            f"{entry['relative_flops']:.1%} of the FLOPs: {entry[f'gflops_per_{sample}']:,.2f} GFLOPs{as_ran} and "
+            f"{entry[f'seconds_per_{sample}']:.3g} s {article} {sample}, {entry[f'{sample}s_per_second']:.3g} "
+            f"{sample}s/s; {entry['schedule']}"
         )
     num_files = sum(len(entry["files"]) for entry in report["runs"])
-    grid = "" if report["codec"] is None else "grid.png, "
-    return "\n".join([*lines, f"{num_files} files, {grid}samples.json: {out}"])
+    return "\n".join([*lines, f"{num_files} files, {', '.join([*files.extra, 'samples.json'])}: {out}", *files.hints])

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from flexidit.commands.sampling_setup import LoadedModel, parse_numbers
 from flexidit.commands.text_setup import add_text_arguments, open_text_encoder, warn_of_cut
+from flexidit.commands.vbench_layout import CLIPS_PER_PROMPT
 from flexidit.conditions import Captions
 from flexidit.config import CaptionedConfig
 
+_NUM_EACH = 4
 _LABEL_WIDTH, _NOTE_WIDTH = 40, 48  # characters beside a row of pictures, in the sizes of its two lines
 
 
@@ -57,6 +59,10 @@ class Asked:
         each = torch.arange(len(self.prompts)) if self.is_text else torch.tensor(self.classes)
         return each.repeat_interleave(self.num_each)
 
+    def rows(self) -> Tensor:
+        """The place in :attr:`names` of each sample: (N,)."""
+        return torch.arange(len(self.names)).repeat_interleave(self.num_each)
+
     def stems(self) -> list[str]:
         """What the name of each sample's file begins with."""
         width = len(str(len(self.prompts) - 1)) if self.is_text else 1
@@ -76,7 +82,9 @@ class Told:
     """The same as the model is told it."""
 
     y: Tensor | Captions
-    """Labels (N,), or N captions."""
+    """One label or caption for each of what was asked for; :attr:`rows` are those of the samples."""
+    rows: Tensor
+    """(N,) places in ``y``."""
     negative: Captions | None
     """One caption to guide away from; None: the model's null condition."""
     record: dict[str, Any]
@@ -94,9 +102,8 @@ def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-per-prompt",
         dest="num_each",
         type=int,
-        default=4,
         metavar="N",
-        help="samples of each class or prompt (default: %(default)s)",
+        help="samples of each class or prompt (default: 4; in VBench's layout 5)",
     )
     add_text_arguments(parser.add_argument_group("models of text"))
 
@@ -108,17 +115,21 @@ def read_asked(args: argparse.Namespace, loaded: LoadedModel) -> Asked:
         FileNotFoundError, ValueError: classes that the model does not have, prompts for a model of classes or classes
             for a model of text, no prompt at all.
     """
-    if args.num_each < 1:
-        raise ValueError(f"--num-per-class or --num-per-prompt {args.num_each} must be at least 1")
+    num_each = args.num_each
+    if num_each is None:
+        num_each = CLIPS_PER_PROMPT if args.layout == "vbench" else _NUM_EACH
+    if num_each < 1:
+        raise ValueError(f"--num-per-class or --num-per-prompt {num_each} must be at least 1")
     config = loaded.model.config
     if isinstance(config, CaptionedConfig):
         if args.classes is not None:
             raise ValueError("this model is told captions, not classes; give --prompts or --prompt-file")
-        return Asked(args.num_each, prompts=tuple(_read_prompts(args)))
+        prompts = _read_prompts(args)
+        return Asked(num_each, prompts=tuple(dict.fromkeys(prompts) if args.layout == "vbench" else prompts))
     for option in ("prompts", "prompt_file", "text_encoder", "tokenizer", "negative"):
         if getattr(args, option) is not None:
             raise ValueError(f"this model is told classes, not captions; leave --{option.replace('_', '-')} out")
-    return Asked(args.num_each, classes=tuple(_read_classes(args.classes, config.num_classes)))
+    return Asked(num_each, classes=tuple(_read_classes(args.classes, config.num_classes)))
 
 
 def tell(args: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Told:
@@ -128,14 +139,14 @@ def tell(args: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Told:
         FileNotFoundError, ValueError: a text encoder that cannot be had, or is not the model's.
     """
     if not asked.is_text:
-        return Told(asked.indices(), None, {})
+        return Told(torch.tensor(asked.classes), asked.rows(), None, {})
     negative = args.negative
     if negative is None and not loaded.model.config.has_null_caption:
         negative = ""  # these weights hold no null caption, and diffusers' pipelines take the empty prompt then
     encoder = open_text_encoder(args.text_encoder, args.tokenizer, loaded)
     texts = [*asked.prompts, *([negative] if negative else [])]
     warn_of_cut(texts, encoder)
-    y = encoder.encode(asked.prompts)[asked.indices()]
+    y = encoder.encode(asked.prompts)
     away = None if negative is None else encoder.encode([negative])
     record = {
         "prompts": list(asked.prompts),
@@ -147,7 +158,7 @@ def tell(args: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Told:
     gc.collect()
     if loaded.device.type == "cuda":
         torch.cuda.empty_cache()
-    return Told(y, away, record)
+    return Told(y, asked.rows(), away, record)
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:

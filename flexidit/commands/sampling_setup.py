@@ -260,6 +260,7 @@ def warm_up(
     batch_size: int,
     y: Tensor | Captions | None = None,
     negative: Tensor | Captions | None = None,
+    size: Sequence[int] | None = None,
     **options: Any,
 ) -> None:
     """Run each kind of step once where the first run is slower: compilation and CUDA's start must not be timed.
@@ -270,6 +271,7 @@ def warm_up(
         batch_size: Samples in one forward pass.
         y: What the model is told, of which the first is taken; None: class 0, or a made-up caption of full length.
         negative: As the sampler takes it, of which the first is taken.
+        size: Latent size; None: the model's.
         **options: Guidance, as :class:`Sampler` takes it.
     """
     if not loaded.is_compiled and loaded.device.type == "cpu":
@@ -282,7 +284,7 @@ def warm_up(
         loaded.model, solver, schedule=PatchSchedule(tuple(dict.fromkeys(steps))), autocast=loaded.autocast, **options
     )
     away = None if negative is None else negative[:1]
-    sampler(y[first], negative=away, generator=torch.Generator().manual_seed(0))
+    sampler(y[first], negative=away, generator=torch.Generator().manual_seed(0), size=size)
 
 
 def _made_up(model: Any) -> tuple[Tensor | Captions, Captions | None]:

@@ -18,15 +18,23 @@ from flexidit.patch_size import PatchSize
 StateDict = Mapping[str, Tensor]
 
 CLASS_NAME = "DiTTransformer2DModel"
-FINAL_LINEAR = "proj_out_2"
-"""diffusers' name of what turns tokens into patches."""
+OFFICIAL_CLASS: str | None = None
+BLOCKS, EMBEDDING, FINAL_LINEAR = "transformer_blocks", "pos_embed.proj", "proj_out_2"
+ADAPTED: Mapping[str, tuple[str, ...]] = {
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),  # one adapter becomes three that share their first factor
+    "attn.proj": ("attn1.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+}
+BESIDE: Mapping[str, str] = {}
+UNTOLD_BY_SHAPES: tuple[str, ...] = ("num_heads", "input_size")
 UNTOLD_BY_DIFFUSERS: tuple[str, ...] = ("process", "time_shift")
 
 _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden_size -> num_heads (Peebles and Xie 2023, table 1)
 
 # ours -> diffusers, outside the blocks
 _OUTER = {
-    "x_embedder.proj": "pos_embed.proj",
+    "x_embedder.proj": EMBEDDING,
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": FINAL_LINEAR,
 }
@@ -45,6 +53,26 @@ _CONDITIONING = {
     "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
     "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
 }
+
+
+def is_official(state: StateDict) -> bool:
+    """Whether the names are those of a DiT."""
+    return "final_layer.adaLN_modulation.1.weight" in state
+
+
+def told_by_official(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing: official weights are single files."""
+    return {}
+
+
+def from_official(state: StateDict) -> dict[str, Tensor]:
+    """The state dict as it is: official names are ours."""
+    return dict(state)
+
+
+def to_official(state: StateDict) -> dict[str, Tensor]:
+    """Inverse of :func:`from_official`."""
+    return dict(state)
 
 
 def config_from_official(state: StateDict, *, num_heads: int | None = None, **overrides: Any) -> DiTConfig:
@@ -124,6 +152,21 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
 def own_unit(config: DiTConfig) -> DiTConfig:
     """The config as it is: a DiT has no scale of positions, so patches elsewhere than at their index stay so."""
     return config
+
+
+def size_arguments(config: DiTConfig) -> dict[str, Any]:
+    """diffusers' arguments, beside the patch size, that put patches where they belong: there are none."""
+    return {"interpolation_scale": None}
+
+
+def with_beside(config: DiTConfig, tensors: Mapping[str, Tensor]) -> DiTConfig:
+    """The config as it is: nothing stands beside diffusers' weights."""
+    return config
+
+
+def held_otherwise(config: DiTConfig, in_diffusers: bool) -> set[str]:
+    """Fields whose difference makes none: that there is a null label is held, its rate matters in training only."""
+    return {"class_dropout_prob"} if config.class_dropout_prob else set()
 
 
 def to_diffusers(state: StateDict, depth: int) -> dict[str, Tensor]:

@@ -21,10 +21,18 @@ from flexidit.positions import sincos_2d
 StateDict = Mapping[str, Tensor]
 
 CLASS_NAME = "PixArtTransformer2DModel"
-FINAL_LINEAR = "proj_out"
-"""diffusers' name of what turns tokens into patches."""
+OFFICIAL_CLASS: str | None = None
+BLOCKS, EMBEDDING, FINAL_LINEAR = "transformer_blocks", "pos_embed.proj", "proj_out"
+ADAPTED: Mapping[str, tuple[str, ...]] = {
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),  # one adapter becomes three that share their first factor
+    "attn.proj": ("attn1.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+}
 NULL_CAPTION = "y_embedder.y_embedding"
 """The one tensor that diffusers' layout has no place for."""
+BESIDE: Mapping[str, str] = {"null_caption.safetensors": NULL_CAPTION}
+UNTOLD_BY_SHAPES: tuple[str, ...] = ("num_heads", "input_size", "position_scale")
 UNTOLD_BY_DIFFUSERS: tuple[str, ...] = ("caption_length", "pixels_per_latent", "process", "time_shift")
 
 _PUBLISHED_HEADS = {1152: 16}  # hidden_size -> num_heads (Chen et al. 2023, PixArt-XL/2)
@@ -33,7 +41,7 @@ _SAME_TABLE = 0.01  # half precision rounds a sine by 0.004 at most; tables of t
 
 # ours -> diffusers, outside the blocks
 _OUTER = {
-    "x_embedder.proj": "pos_embed.proj",
+    "x_embedder.proj": EMBEDDING,
     "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
     "t_block.1": "adaln_single.linear",
@@ -72,6 +80,27 @@ _FIXED = {  # what a TextDiT always has, as diffusers' arguments say it, with th
 def is_official(state: StateDict) -> bool:
     """Whether the names are those of a PixArt."""
     return "t_block.1.weight" in state
+
+
+def told_by_official(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing: official weights are single files."""
+    return {}
+
+
+def from_official(state: StateDict) -> dict[str, Tensor]:
+    """The state dict as it is: official names are ours."""
+    return dict(state)
+
+
+def to_official(state: StateDict) -> dict[str, Tensor]:
+    """Inverse of :func:`from_official`.
+
+    Raises:
+        ValueError: of a model of clips, which no official layout has.
+    """
+    if state["x_embedder.proj.weight"].dim() == 5:
+        raise ValueError("the official layout has no models of clips; use layout_format='flexidit'")
+    return dict(state)
 
 
 def config_from_official(state: StateDict, *, num_heads: int | None = None, **overrides: Any) -> TextDiTConfig:
@@ -177,6 +206,24 @@ def own_unit(config: TextDiTConfig) -> TextDiTConfig:
         return config
     scale = config.position_scale * unit.h / own.h
     return replace(config, position_unit=None, placement="coords", position_scale=scale)
+
+
+def size_arguments(config: TextDiTConfig) -> dict[str, Any]:
+    """diffusers' arguments, beside the patch size, that put patches where they belong; None: no scale does."""
+    own = own_unit(config)
+    return {"interpolation_scale": own.position_scale if own.position_unit is None else None}
+
+
+def with_beside(config: TextDiTConfig, tensors: Mapping[str, Tensor]) -> TextDiTConfig:
+    """The config of weights that have the tensors of ``BESIDE`` too."""
+    null = tensors.get(NULL_CAPTION)
+    return config if null is None else replace(config, null_caption=True, caption_length=len(null))
+
+
+def held_otherwise(config: TextDiTConfig, in_diffusers: bool) -> set[str]:
+    """Fields whose difference makes none: the rate of dropped captions, and what the file of the null caption tells."""
+    null = {"null_caption", "caption_length"} if config.null_caption and in_diffusers else set()
+    return {"class_dropout_prob", *null}
 
 
 def to_diffusers(state: StateDict, depth: int) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from flexidit.metrics.features import to_byte_levels
@@ -36,6 +35,7 @@ def temporal_flicker(clips: Tensor) -> Tensor:
         ValueError: not clips, or fewer than two frames.
 
     Example:
+        >>> import torch
         >>> temporal_flicker(torch.tensor([-1.0, 1.0, 1.0]).view(1, 1, 3, 1, 1)).tolist()
         [0.5]
     """
@@ -58,6 +58,7 @@ def motion_smoothness(clips: Tensor, interpolate: Interpolator = average) -> Ten
         ValueError: not clips, or fewer than three frames.
 
     Example:
+        >>> import torch
         >>> motion_smoothness(torch.tensor([-1.0, 1.0, -1.0]).view(1, 1, 3, 1, 1)).tolist()
         [0.0]
     """

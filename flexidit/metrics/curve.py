@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flexidit import flops
+from flexidit.metrics.curve_candidates import Candidate, base_patch_size
 from flexidit.metrics.curve_points import CurvePoint, find_point
 from flexidit.metrics.curve_samples import (
     Decoder,
@@ -39,22 +40,7 @@ from flexidit.metrics.features import FeatureExtractor
 from flexidit.metrics.frechet import FeatureStatistics, Gaussian
 from flexidit.metrics.judges import ClassAccuracy, Judge, Tally
 from flexidit.metrics.prompts import Conditions
-from flexidit.patch_size import PatchSize, PatchSizeLike
 from flexidit.sampling.schedule import PatchSchedule
-
-Series = Literal["weak first", "weak last", "fewer steps"]
-"""The paper's schedule; its counter-example (Fig. 19); the target alone with fewer steps (Fig. 6 right)."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A schedule that is measured."""
-
-    schedule: PatchSchedule
-    series: str
-    """The line of the plot that it belongs to, a :data:`Series` or any other name."""
-    budget: float
-    """Relative FLOPs that were asked for; what the schedule really costs is measured."""
 
 
 @dataclass(frozen=True)
@@ -71,43 +57,6 @@ class Reference:
         statistics = Gaussian.load(path)
         count = "" if statistics.count is None else f" ({statistics.count} samples)"
         return cls(statistics, f"{Path(path).name}{count}")
-
-
-def candidates(
-    model: Any,
-    budgets: Iterable[float],
-    num_steps: int,
-    series: Series = "weak first",
-    weak: PatchSizeLike | None = None,
-    merged: bool = False,
-) -> list[Candidate]:
-    """Schedules nearest to each budget, in the given order.
-
-    Args:
-        model: What is priced: a model or its config.
-        budgets: FLOPs relative to the base patch size at all ``num_steps``; 1.0 is that itself.
-        num_steps: Steps of the full budget; ``"fewer steps"`` takes its share of them.
-        series: How compute is saved.
-        weak: Patch size of the cheap steps; None: the largest of the model.
-        merged: See :attr:`SamplingSettings.merged`.
-
-    Raises:
-        ValueError: a budget that the patch sizes do not reach, or an unknown series.
-    """
-    base = base_patch_size(model)
-
-    def schedule(budget: float) -> PatchSchedule:
-        if series == "fewer steps" or budget == 1.0:
-            return PatchSchedule.constant(base, max(1, math.floor(budget * num_steps + 0.5)))
-        order = _ORDERS[series]
-        return flops.schedule_for_budget(model, budget, num_steps, weak=weak, order=order, merged=merged)
-
-    if series not in (*_ORDERS, "fewer steps"):
-        raise ValueError(f"unknown series {series!r}; give 'weak first', 'weak last' or 'fewer steps'")
-    return [Candidate(schedule(budget), series, budget) for budget in budgets]
-
-
-_ORDERS: dict[str, Literal["weak_first", "weak_last"]] = {"weak first": "weak_first", "weak last": "weak_last"}
 
 
 @torch.no_grad()
@@ -154,11 +103,6 @@ def full_cost_per_image(model: Any, num_steps: int, settings: SamplingSettings) 
     return cost_per_image(model, PatchSchedule.constant(base_patch_size(model), num_steps), settings)
 
 
-def base_patch_size(model: Any) -> PatchSize:
-    """The pre-trained, most powerful size of a model or a config."""
-    return next(iter(flops.forward_costs(model)))
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """All that the points of one curve have in common.
@@ -203,12 +147,19 @@ class Evaluation:
     def curve(self, candidates: Iterable[Candidate], done: Sequence[CurvePoint] = ()) -> Iterator[CurvePoint]:
         """Measure one candidate after the other; each point arrives, equal on all ranks, as soon as it is known.
 
+        Lines that meet in one schedule, as all do at the full budget, share its measurement.
+
         Args:
             candidates: The schedules, from :func:`candidates`.
             done: Points of an earlier, interrupted run: handed out again instead of measured.
         """
+        known = list(done)
         for candidate in candidates:
-            yield find_point(done, self._record(candidate)) or self.measure(candidate)
+            record = self._record(candidate)
+            line = {"series": record.pop("series"), "budget": record.pop("budget")}
+            alike = find_point(known, record)
+            known.append(self.measure(candidate) if alike is None else replace(alike, **line))
+            yield known[-1]
 
     @torch.no_grad()
     def measure(self, candidate: Candidate) -> CurvePoint:
@@ -277,6 +228,7 @@ class Evaluation:
             "batch_size": settings.batch_size,
             "device": _device_name(device_of(self.model)),
             "conditions": "" if self.conditions is None else self.conditions.description,
+            "sample": "clip" if len(self.model.input_size) == 3 else "image",
             "judges": "; ".join(judge.description for judge in self._judges if judge.description),
         }
 

@@ -62,6 +62,13 @@ class CurvePoint:
     """Mean temporal flicker in VBench's definition, 1 being none; None for images, and where it was not measured."""
     smoothness: float | None = None
     """Mean motion smoothness in VBench's definition; compares with the same interpolator only."""
+    sample: str = "image"
+    """What a sample is, "image" or "clip": what FLOPs and seconds "per image" are of."""
+
+    @property
+    def a_sample(self) -> str:
+        """The same with its article, for labels."""
+        return f"an {self.sample}" if self.sample[0] in "aeiou" else f"a {self.sample}"
 
     def describe(self) -> str:
         """One line that says how the number came about."""

@@ -25,7 +25,7 @@ from flexidit.metrics import digit_attributes
 from flexidit.metrics.digit_attributes import FAINT, Agreement, Count, attributes_of
 from flexidit.metrics.digit_classifier import DigitClassifier, train_digit_classifier
 from flexidit.moving_captions import MovingDigit, moving_captions_of, parse_moving_caption
-from flexidit.moving_digits import DIRECTION_NAMES, SHARES, ClipFormat, MovingDigits
+from flexidit.moving_digits import DIRECTION_NAMES, SHARES, SMALL, ClipFormat, MovingDigits
 
 CONFIRMED_SHARE = SHARES[0] / 2
 """Of the free way: what moves less than this on both axes is not believed to move; the slowest real digit has twice."""
@@ -122,7 +122,7 @@ def agreement(
     return Agreement({**counts, "direction": Count(hits, len(wanted))})
 
 
-def train_moving_digit_classifier(clip: ClipFormat = ClipFormat(), seed: int = 0) -> DigitClassifier:
+def train_moving_digit_classifier(clip: ClipFormat = SMALL, seed: int = 0) -> DigitClassifier:
     """Of digits (M, 1, D, D) as :func:`cut_out` gives them, trained on all real ones: some seconds, pure.
 
     Args:
@@ -174,7 +174,7 @@ def moving_prompts(count: int, seed: int = 0) -> list[str]:
 
 
 def _shuffled_captions(generator: torch.Generator) -> Iterator[str]:
-    _, attributes = moving_digits_in(ClipFormat())
+    _, attributes = moving_digits_in(SMALL)
     while True:
         for place in torch.randperm(len(attributes), generator=generator).tolist():
             direction = DIRECTION_NAMES[int(torch.randint(len(DIRECTION_NAMES), (), generator=generator))]

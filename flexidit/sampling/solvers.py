@@ -103,10 +103,10 @@ def describe(solver: str | Solver, time_shift: float | None) -> str:
 
     Example:
         >>> describe("ddpm", None), describe("unipc", 5.0)
-        ('ddpm', 'unipc, time shift 5')
+        ('ddpm', 'unipc (time shift 5)')
     """
     name = solver if isinstance(solver, str) else type(solver).__name__
-    return name if time_shift is None else f"{name}, time shift {time_shift:g}"
+    return name if time_shift is None else f"{name} (time shift {time_shift:g})"
 
 
 def uses_variance(solver: Solver) -> bool:

@@ -1,10 +1,13 @@
 """Fixtures of the package's own tests."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from flexidit.metrics.curve_points import CurvePoint
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +41,33 @@ def t5(tmp_path_factory: pytest.TempPathFactory, save_word_tokenizer: Callable[.
     T5EncoderModel(config).save_pretrained(folder / "text_encoder")
     save_word_tokenizer(folder / "tokenizer")
     return folder
+
+
+@pytest.fixture
+def points() -> list[CurvePoint]:
+    """Measured points of two series, two of them with different seeds."""
+    first = CurvePoint(
+        series="weak first", budget=1.0, relative_flops=1.0, flops_per_image=1, frechet=2.0, accuracy=None,
+        seconds_per_image=0.1, schedule="1x2x2:5", num_sampling_steps=5, num_samples=500, evaluator="some classifier",
+        fingerprint="f", reference="digits (1437 samples)", model="m", codec="PixelCodec", solver="ddpm", cfg_scale=1.5,
+        guidance_channels=None, precision="float32", seed=0, batch_size=8, device="cpu",
+    )  # fmt: skip
+    return [
+        first,
+        replace(first, seed=1, frechet=4.0),
+        replace(first, relative_flops=0.4, frechet=5.0),
+        replace(first, series="weak last", relative_flops=0.7, frechet=9.0),
+    ]
+
+
+@pytest.fixture
+def swept(points: list[CurvePoint]) -> list[CurvePoint]:
+    """Two budgets at three guidance scales, of a model of captions; the middle scale is best, but for one seed."""
+    values = {1.0: (3.0, 0.7), 2.0: (2.0, 0.8), 4.0: (4.0, 0.9)}
+    first = replace(points[0], conditions="some prompts", judges="some judge")
+    measured = [
+        replace(first, budget=budget, relative_flops=budget, cfg_scale=scale, frechet=frechet / budget, agreement=share)
+        for budget in (1.0, 0.5)
+        for scale, (frechet, share) in values.items()
+    ]
+    return [*measured, replace(measured[0], seed=1, frechet=1.5), replace(measured[1], seed=1, frechet=2.0)]

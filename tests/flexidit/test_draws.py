@@ -48,7 +48,7 @@ def test_uniform_numbers_are_a_pure_function_of_seed_epoch_and_sample():
     draws = [Draw(sample, epoch) for sample in range(200) for epoch in range(2)]
     numbers = torch.tensor([draw_uniform(0, draw, 5).tolist() for draw in draws])
     assert len(numbers.unique(dim=0)) == len(draws)
-    assert abs(numbers.mean() - 0.5) < 0.03 and 0 <= numbers.min() and numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 0.03 and numbers.min() >= 0 and numbers.max() < 1
     assert torch.corrcoef(numbers.T).fill_diagonal_(0).abs().max() < 0.2
     assert draw_uniform(0, draws[3], 2).tolist() == draw_uniform(0, draws[3], 5)[:2].tolist()
     assert draw_uniform(1, draws[3], 2).tolist() != draw_uniform(0, draws[3], 2).tolist()

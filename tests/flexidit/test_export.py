@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, WanTransformer3DModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from flexidit import create_model, flexify, load_checkpoint, save_checkpoint
 from flexidit.checkpoint import read_any
 from flexidit.conditions import Captions
-from flexidit.export import Adapters, adapters_of, read_peft, save_peft
-from flexidit.models import DiT, FlexiTransformer, TextDiT
+from flexidit.export import EMBEDDINGS, Adapters, adapters_of, read_peft, save_peft
+from flexidit.models import DiT, FlexiTransformer, TextDiT, Wan
 
 Randomise = Callable[..., nn.Module]
 T = torch.tensor([10, 800])
@@ -53,7 +53,16 @@ def target_folder(student: FlexiTransformer, folder: Path) -> Path:
     return save_checkpoint(plain_copy(student, 2), folder / "target", layout_format="diffusers")
 
 
-@pytest.mark.parametrize("family", ["text_student", "class_student"])
+@pytest.fixture
+def wan_student(randomised: Randomise) -> Wan:
+    target = create_model("Wan-Tiny", input_size=(4, 8, 8), in_channels=4, hidden_size=48, caption_channels=40)
+    randomised(target)
+    student = flexify(target, ["2x2x2", "1x4x4"], recipe="lora", rank=2, alpha=3.0, positions="grid")
+    assert isinstance(randomised(student, seed=1), Wan)
+    return student.eval()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("family", ["text_student", "class_student", "wan_student"])
 def test_what_was_written_comes_back_bit_for_bit(family: str, request: Any, tmp_path: Path) -> None:
     student = request.getfixturevalue(family)
     target = save_checkpoint(_plain(student), tmp_path / "target.safetensors")
@@ -62,7 +71,7 @@ def test_what_was_written_comes_back_bit_for_bit(family: str, request: Any, tmp_
     state = student.state_dict()
     assert set(state) == set(loaded.state_dict())
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-    x, y = torch.randn(2, 4, 8, 8), condition(student)
+    x, y = torch.randn(2, 4, *student.input_size), condition(student)
     for size in student.patch_sizes:
         assert torch.equal(loaded(x, T, y, patch_size=size), student(x, T, y, patch_size=size))
 
@@ -118,6 +127,23 @@ def test_class_conditional_adapters_load_too(class_student: DiT, tmp_path: Path)
     with torch.no_grad():
         theirs, ours = adapted(x, T, y).sample, class_student(x, T, y, patch_size=4)
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", ["2x2x2", "1x4x4"])
+def test_peft_and_diffusers_alone_compute_the_weak_size_of_a_wan(wan_student: Wan, size: str, tmp_path: Path) -> None:
+    out = exported(wan_student, tmp_path)
+    peer = WanTransformer3DModel.from_pretrained(target_folder(wan_student, tmp_path))
+    described, ends = json.loads((out / "flexidit.json").read_text())["sizes"][size], load_file(out / EMBEDDINGS)
+    weak = WanTransformer3DModel(**{**peer.config, "patch_size": described["patch_size"]})
+    own = {name: sum(ends[part] for part in parts) for name, parts in described["tensors"].items()}
+    weak.load_state_dict({**peer.state_dict(), **own})  # type: ignore[arg-type]
+    adapted = PeftModel.from_pretrained(weak.eval(), out / size)  # type: ignore[arg-type]
+    x, y = torch.randn(2, 4, 4, 8, 12), condition(wan_student)
+    shown = torch.where(y.mask.unsqueeze(2), y.embeddings, 0)
+    padded = nn.functional.pad(shown, (0, 0, 0, wan_student.config.caption_length - 5))
+    with torch.no_grad():
+        theirs, ours = adapted(x, T, padded).sample, wan_student(x, T, y, patch_size=size)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
 
 
 def test_peft_loads_every_factor_and_no_other(text_student: TextDiT, tmp_path: Path, recwarn: Any) -> None:

@@ -118,14 +118,14 @@ def test_what_is_trained_can_be_stored_and_sampled(make_target: MakeTarget, fit:
 
     sampler = Sampler(model, schedule=PatchSchedule.parse("4:2,2:2"), cfg_scale=2.0)
     y, generator = batch(2)["y"], torch.Generator().manual_seed(0)
-    assert sampler(y, generator=generator).isfinite().all() and sampler.solver_name == "unipc, time shift 3"
+    assert sampler(y, generator=generator).isfinite().all() and sampler.solver_name == "unipc (time shift 3)"
 
     for solver in (["--solver", "unipc"], ["--solver", "euler", "--time-shift", "5"], []):
         asked = ["--prompts", "a bold seven", "--schedule", "4:2,2:2", "--latents", *solver]
         out = ["--out", str(tmp_path / "out"), "--device", "cpu", "--merge"]
         assert main(["sample", str(path), *asked, *out]) == 0
         report = json.loads((tmp_path / "out" / "samples.json").read_text())
-        assert report["solver"] == ("euler, time shift 5" if len(solver) == 4 else "unipc, time shift 3")
+        assert report["solver"] == ("euler (time shift 5)" if len(solver) == 4 else "unipc (time shift 3)")
 
 
 def test_wrong_solvers_end_in_one_sentence(

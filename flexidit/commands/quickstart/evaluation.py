@@ -16,7 +16,8 @@ from flexidit.commands.quickstart.settings import QuickstartSettings
 from flexidit.digit_images import load_digit_images
 from flexidit.flops import schedule_cost
 from flexidit.latents import PixelCodec
-from flexidit.metrics.curve import Candidate, Evaluation, Reference, SamplingSettings
+from flexidit.metrics.curve import Evaluation, Reference, SamplingSettings
+from flexidit.metrics.curve_candidates import Candidate
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.digit_classifier import DigitClassifier, train_digit_classifier
 from flexidit.metrics.frechet import FeatureStatistics, Gaussian

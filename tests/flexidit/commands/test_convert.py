@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, WanTransformer3DModel
 from torch import Tensor, nn
 
 from flexidit import create_model, flexify, load_checkpoint, save_checkpoint
@@ -110,6 +111,17 @@ def test_what_the_official_layout_forgets_is_a_warning(build: Build, tmp_path: P
     assert main(["convert", saved(model, tmp_path), str(tmp_path / "model.pt"), "--to", "official"]) == 0
     err = capsys.readouterr().err
     assert "frequency_shift=0" in err and "input_size" in err and "num_heads=4" in err
+
+
+@pytest.mark.parametrize("to", list(OUTPUTS))
+def test_only_our_own_layout_tells_the_process(build: Build, to: str, tmp_path: Path, capsys: Any) -> None:
+    flow = {"process": "flow", "time_shift": 3.0, "learn_sigma": False, "frequency_shift": int(to == "diffusers")}
+    source, target = saved(build(config=flow), tmp_path), tmp_path / OUTPUTS[to]
+    assert main(["convert", source, str(target), "--to", to]) == 0
+    err = capsys.readouterr().err
+    assert ("process=diffusion, time_shift=1.0" in err) == (to != "flexidit")
+    told = {name: flow[name] for name in ("process", "time_shift")} | {"num_heads": 4}
+    assert (found := load_checkpoint(target, **told).config).process == "flow" and found.time_shift == 3.0
 
 
 @pytest.mark.parametrize("option", [[], ["--no-ema"]])
@@ -270,6 +282,61 @@ def test_every_layout_of_text_models_to_every_other(
     assert set(err.splitlines()) == {
         "flexidit convert: the official layout does not hold everything: readers must be told num_heads=4"
     }
+
+
+WAN: dict[str, Any] = {"input_size": (4, 8, 8), "caption_length": 512}
+WAN_OUTPUTS = {**OUTPUTS, "official": "model.safetensors"}
+
+
+def test_every_layout_of_a_wan_to_every_other(
+    randomised: Callable[..., nn.Module], tmp_path: Path, capsys: Any
+) -> None:
+    model = create_model("Wan-Tiny", **WAN).eval()
+    randomised(model)
+    for source in WAN_OUTPUTS:
+        origin = save_checkpoint(model, tmp_path / f"{source}_in_{WAN_OUTPUTS[source]}", layout_format=source)  # type: ignore[arg-type]
+        for to in WAN_OUTPUTS:
+            target = tmp_path / f"{source}_{to}_{WAN_OUTPUTS[to]}"
+            line = ["convert", str(origin), str(target), "--to", to, "--num-heads", "4", "--input-size", "4x8x8"]
+            assert main(line) == 0
+            loaded = load_checkpoint(target, num_heads=4, input_size=(4, 8, 8))
+            assert loaded.config == model.config
+            assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    captured = capsys.readouterr()
+    assert "plain Wan, 2 blocks of width 64, patch 1x2x2, latent 1x4x8x8, captions of 512 x 64" in captured.out
+    assert set(captured.err.splitlines()) == {
+        f"flexidit convert: the {layout} layout does not hold everything: {told}readers told nothing take "
+        "input_size=(21, 60, 104)"
+        for layout, told in (("official", "readers must be told num_heads=4; "), ("diffusers", ""))
+    }
+
+
+@pytest.mark.parametrize("size", ["1x4x4", "2x2x2"])
+def test_stock_diffusers_computes_the_merged_weak_size_of_a_wan(
+    size: str, randomised: Callable[..., nn.Module], tmp_path: Path, capsys: Any
+) -> None:
+    target = create_model("Wan-Tiny", **{**WAN, "input_size": (5, 8, 8)})
+    randomised(target)
+    student = flexify(target, ["1x4x4", "2x2x2"], recipe="lora", rank=2, positions="grid").eval()
+    randomised(student, seed=1)
+    line = ["convert", saved(student, tmp_path), str(tmp_path / "out"), "--to", "merged", "--patch-size", size]
+    assert main(line) == (0 if size == "1x4x4" else 2)
+    assert ("2x2x2 does not divide latent clips of 5x8x8" in capsys.readouterr().err) == (size == "2x2x2")
+    assert main([*line, "--input-size", "8x8"]) == 2
+    assert "give --input-size as FxHxW, such as 5x8x8" in capsys.readouterr().err
+    assert main([*line, "--input-size", "6x8x8"]) == 0
+    peer, x = WanTransformer3DModel.from_pretrained(tmp_path / "out"), torch.randn(2, 1, 6, 8, 8)
+    y = Captions(torch.randn(2, 512, 64), torch.ones(2, 512, dtype=torch.bool))
+    with torch.no_grad():
+        expected = student(x, T, y, patch_size=size)
+        torch.testing.assert_close(peer(x, T, y.embeddings).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sizes_of_latents_are_read_in_three_forms() -> None:
+    assert [convert._latent_size(text) for text in ("8", "8x12", "21x60x104")] == [8, (8, 12), (21, 60, 104)]
+    for text in ("", "8x", "0x8", "a", "1x2x3x4", "-8"):
+        with pytest.raises(argparse.ArgumentTypeError, match="give N, HxW or"):
+            convert._latent_size(text)
 
 
 def test_pixart_weights_without_positions(randomised: Callable[..., nn.Module], tmp_path: Path, capsys: Any) -> None:

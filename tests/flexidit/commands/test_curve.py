@@ -14,7 +14,8 @@ from torch import nn
 from flexidit import create_model, flexify, save_checkpoint
 from flexidit.cli import main
 from flexidit.commands import evaluator as evaluator_module
-from flexidit.metrics.curve import Candidate, Evaluation
+from flexidit.metrics.curve import Evaluation
+from flexidit.metrics.curve_candidates import Candidate
 from flexidit.metrics.curve_points import CurvePoint, read_csv
 from flexidit.metrics.digit_classifier import train_digit_classifier
 
@@ -30,8 +31,8 @@ def _quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
 def checkpoint(randomised: Callable[..., nn.Module], tmp_path: Path) -> Callable[..., Path]:
     """A random flexible model on disk."""
 
-    def make(seed: int = 0, in_channels: int = 1) -> Path:
-        model = create_model("DiT-Tiny/2", input_size=8, num_classes=10, in_channels=in_channels)
+    def make(seed: int = 0, in_channels: int = 1, **config: Any) -> Path:
+        model = create_model("DiT-Tiny/2", input_size=8, num_classes=10, in_channels=in_channels, **config)
         student = flexify(randomised(model, seed=seed), [4])  # type: ignore[arg-type]
         return save_checkpoint(student, tmp_path / f"model{in_channels}.safetensors")
 
@@ -94,6 +95,19 @@ def test_an_interrupted_run_continues(
     assert len(measured) == 4  # only what was missing
     more = curve(checkpoint(), tmp_path / "parts", "--seeds", "0,1")
     assert len(measured) == 6 and results(more[:2]) == whole
+
+
+def test_the_shift_of_a_flow_is_part_of_the_record(
+    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = checkpoint(process="flow", time_shift=3.0, learn_sigma=False), tmp_path / "out"
+    points = curve(path, out)
+    assert {point.solver for point in points} == {"unipc (time shift 3)"}
+    assert results(curve(path, out, "--time-shift", "3", "--solver", "unipc")) == results(points)
+    capsys.readouterr()
+    assert main(["curve", str(path), *LINE.split(), "--out", str(out), "--time-shift", "1"]) == 2
+    assert "this run has solver=unipc (time shift 1)" in capsys.readouterr().err
+    assert results(curve(path, tmp_path / "other", "--time-shift", "1")) != results(points)
 
 
 def interrupt() -> CurvePoint:

@@ -17,7 +17,8 @@ from torch import nn
 from flexidit import create_model, flexify, save_checkpoint
 from flexidit.cli import main
 from flexidit.commands import evaluator as evaluator_module
-from flexidit.metrics.curve import Candidate, Evaluation
+from flexidit.metrics.curve import Evaluation
+from flexidit.metrics.curve_candidates import Candidate
 from flexidit.metrics.curve_points import CurvePoint, read_csv
 from flexidit.metrics.digit_classifier import train_digit_classifier
 from flexidit.metrics.judges import Tally
@@ -211,7 +212,8 @@ def test_points_are_those_of_the_python_interface(checkpoint: Callable[..., Path
     from flexidit import load_checkpoint
     from flexidit.commands.evaluator import make_evaluator
     from flexidit.latents import PixelCodec
-    from flexidit.metrics.curve import SamplingSettings, candidates
+    from flexidit.metrics.curve import SamplingSettings
+    from flexidit.metrics.curve_candidates import candidates
     from flexidit.metrics.digit_attributes import prompts
     from flexidit.metrics.judges import DigitAgreement
     from flexidit.metrics.prompts import Prompts

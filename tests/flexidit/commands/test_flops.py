@@ -29,8 +29,9 @@ def test_numbers_of_the_paper(capsys):
 def test_examples_of_the_help_run(capsys):
     examples = [line.strip() for line in flops.EXAMPLE.splitlines()]
     assert all(example.startswith("flexidit flops ") for example in examples)
-    costs = [report(example.removeprefix("flexidit flops "), capsys)["relative"] for example in examples]
-    assert costs == [0.456, pytest.approx(0.698, abs=1e-3)]
+    reports = [report(example.removeprefix("flexidit flops "), capsys) for example in examples]
+    costs = [entry["relative"] for out in reports for entry in out.get("schedules", [out])]
+    assert costs[:2] == [0.456, pytest.approx(0.698, abs=1e-3)] and len(costs) == 4
 
 
 def test_guiding_branch_of_its_own(capsys):
@@ -64,6 +65,26 @@ def test_unmerged_adapters_cost_a_little(capsys):
 def test_latent_sizes(capsys):
     assert report("--input-size 64", capsys)["input_size"] == [64, 64]
     assert report("--input-size 32x64", capsys)["forward"][0]["tokens"] == 512
+    clips = report("--model VideoDiT-4.9B --weak 2x4x4 --size 21x45x80", capsys)
+    assert [row["tokens"] for row in clips["forward"]] == [21 * 23 * 40, 11 * 12 * 20]
+
+
+def test_each_weak_mode_has_a_schedule_of_its_own(capsys):
+    line = "--model VideoDiT-4.9B --steps 50 --powerful-steps 20 --recipe lora --unmerged"
+    both = report(f"{line} --weak 1x4x4,2x2x2", capsys)
+    assert [row["tokens"] for row in both["forward"]] == [33792, 16896, 8448]
+    for mode, entry in zip(("1x4x4", "2x2x2"), both["schedules"], strict=True):
+        assert {**report(f"{line} --weak {mode}", capsys), **entry} == report(f"{line} --weak {mode}", capsys)
+    assert run(f"{line} --weak 1x4x4,2x2x2", capsys).count("TFLOPs per sample") == 2
+
+
+def test_the_cost_of_a_mixture_is_that_of_its_stages(capsys):
+    line = "--model VideoDiT-4.9B --weak 1x4x4,2x2x2,2x4x4 --unguided"
+    out = report(f"{line} --schedule 1x4x4:12,2x2x2:6,1x2x2:6", capsys)
+    gflops = {row["patch_size"]: row["gflops"] for row in out["forward"]}
+    assert list(gflops) == ["1x2x2", "2x2x2", "1x4x4", "2x4x4"] and "schedules" not in out
+    total = 12 * gflops["1x4x4"] + 6 * gflops["2x2x2"] + 6 * gflops["1x2x2"]
+    assert out["total_tflops"] == pytest.approx(total / 1000, rel=1e-5)
 
 
 def test_three_sizes_have_a_row_each(capsys):
@@ -125,6 +146,8 @@ def test_models_of_labels_say_nothing_of_captions(capsys):
         ("--weak 2 --powerful-steps 70", "must be larger"),
         ("--input-size 32x", "not a latent size"),
         ("--input-size 8x8x8", "not a latent size"),
+        ("--model VideoDiT-4.9B --size 48x88", "give FxHxW"),
+        ("--weak 4,1x4x4", "names a patch size twice"),
         ("--budget 0.1", "0.245 .all weak. to 1"),
         ("--powerful-steps 300", "do not fit"),
         ("--guide-powerful-steps 50", "needs --powerful-steps"),

@@ -21,7 +21,8 @@ from flexidit.commands.quickstart.settings import (
     claim_folder,
 )
 from flexidit.flops import schedule_cost
-from flexidit.metrics.curve import Candidate, Evaluation
+from flexidit.metrics.curve import Evaluation
+from flexidit.metrics.curve_candidates import Candidate
 from flexidit.metrics.curve_points import CurvePoint, read_csv
 from flexidit.models import FlexiTransformer
 from flexidit.recipes import flexify

@@ -15,13 +15,13 @@ from flexidit.metrics.curve import (
     Evaluation,
     Reference,
     SamplingSettings,
-    candidates,
     cost_per_image,
     full_cost_per_image,
     make_sampler,
     reference_of,
     sample_pixels,
 )
+from flexidit.metrics.curve_candidates import candidates
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.frechet import Gaussian
 from flexidit.metrics.judges import Tally

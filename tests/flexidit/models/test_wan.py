@@ -241,9 +241,15 @@ def test_half_precision_is_near_by_autocast_and_by_weights(recipe: str, randomis
             assert (ours.float() - exact).abs().mean() < 0.03 * exact.abs().mean()
 
 
-@pytest.mark.parametrize("overrides", [{"input_size": (16, 16)}, {"learn_sigma": True}, {"process": "diffusion", "time_shift": 1.0}, {"hidden_size": 16}])
+@pytest.mark.parametrize(
+    "overrides",
+    [{"input_size": (16, 16)}, {"learn_sigma": True}, {"process": "diffusion", "time_shift": 1.0}, {"hidden_size": 16}],
+)
 def test_what_is_no_wan_is_refused(overrides: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"give input_size as|no variance: set learn_sigma=False|leave process at|give an even number from 6"):
+    with pytest.raises(
+        ValueError,
+        match=r"give input_size as|no variance: set learn_sigma=False|leave process at|give an even number from 6",
+    ):
         create_model("Wan-Tiny", **overrides)
 
 

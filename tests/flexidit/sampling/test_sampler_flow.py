@@ -117,7 +117,7 @@ def test_equals_a_plain_diffusers_loop(model: FlexiTransformer, name: str) -> No
 def test_the_default_is_unipc_at_the_shift_of_training(model: FlexiTransformer) -> None:
     noise, y = torch.randn(1, 4, 8, 8), torch.tensor([1])
     plain = Sampler(model, schedule=constant(5))
-    assert (plain.solver, plain.time_shift, plain.solver_name) == ("unipc", 3.0, "unipc, time shift 3")
+    assert (plain.solver, plain.time_shift, plain.solver_name) == ("unipc", 3.0, "unipc (time shift 3)")
     expected = plain(y, noise=noise)
     assert torch.equal(Sampler(model, "unipc", schedule=constant(5), time_shift=3.0)(y, noise=noise), expected)
     other = Sampler(model, schedule=constant(5), time_shift=1.0)
@@ -151,7 +151,7 @@ def test_a_student_and_its_merged_copy_are_flows_too(model: FlexiTransformer) ->
     student = flexify(model, [4], recipe="lora", rank=2)
     schedule, y = PatchSchedule.parse("4:3,2:3"), torch.tensor([1, 2])
     samplers = [Sampler(m, schedule=schedule, cfg_scale=2.0) for m in (student, MergedModel(student))]
-    assert {sampler.solver_name for sampler in samplers} == {"unipc, time shift 3"}
+    assert {sampler.solver_name for sampler in samplers} == {"unipc (time shift 3)"}
     ours, merged = (sampler(y, generator=seeded()) for sampler in samplers)
     torch.testing.assert_close(ours, merged, rtol=1e-4, atol=1e-4)
     full = [Sampler(m, schedule=constant(4))(y, generator=seeded()) for m in (model, student)]

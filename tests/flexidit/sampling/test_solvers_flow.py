@@ -96,7 +96,7 @@ def test_levels_before_the_shift_are_even() -> None:
 
 def test_names_and_defaults() -> None:
     assert (default_solver("diffusion"), default_solver("flow")) == ("ddpm", "unipc")
-    assert describe("euler", 3.0) == "euler, time shift 3"
+    assert describe("euler", 3.0) == "euler (time shift 3)"
     assert describe(diffusers.UniPCMultistepScheduler(), None) == "UniPCMultistepScheduler"
     assert not any(uses_variance(flow_solver(name, 4)) for name in FLOW_SOLVERS)
 
