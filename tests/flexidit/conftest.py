@@ -71,3 +71,32 @@ def swept(points: list[CurvePoint]) -> list[CurvePoint]:
         for scale, (frechet, share) in values.items()
     ]
     return [*measured, replace(measured[0], seed=1, frechet=1.5), replace(measured[1], seed=1, frechet=2.0)]
+
+
+@pytest.fixture(scope="session")
+def umt5(tmp_path_factory: pytest.TempPathFactory, save_word_tokenizer: Callable[..., None]) -> Path:
+    """As ``t5``, of a UMT5, which Wan reads."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wan_pipeline")
+    config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    save_word_tokenizer(folder / "tokenizer", "a A dog , Running man on red bicycle &")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan_pipeline(tmp_path_factory: pytest.TempPathFactory, umt5: Path) -> Path:
+    """Folder of a tiny random WanPipeline, without transformers; read only."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(umt5 / "tokenizer")
+    encoder = UMT5EncoderModel.from_pretrained(umt5 / "text_encoder")
+    flow: dict[str, object] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    folder = tmp_path_factory.mktemp("stock")
+    WanPipeline(tokenizer, encoder, vae, UniPCMultistepScheduler(**flow)).save_pretrained(folder)
+    return folder
