@@ -40,9 +40,7 @@ def smooth_frames():
 
 
 @pytest.mark.parametrize("suffix", CODECS)
-def test_every_container_is_read_as_it_is_decoded_plainly(
-    suffix, write_video, decode_plainly, smooth_frames, tmp_path
-):
+def test_every_container_is_read_as_it_is_decoded_plainly(suffix, write_video, decode_plainly, smooth_frames, tmp_path):
     rate = 25 if suffix == "mpg" else 10
     path = write_video(tmp_path / f"clip.{suffix}", smooth_frames, *CODECS[suffix], rate=rate)
     plain = [array for _, array in decode_plainly(path)]
@@ -162,7 +160,7 @@ def test_what_lies_before_a_cut_is_as_good_as_a_whole_clip(suffix, share, write_
     last = as_bytes(read_clip(cut, ClipSettings(3, (32, 48), 10.0), 1.0))
     [first] = np.flatnonzero((noise_frames == last[0]).all((1, 2, 3)))
     assert (last == noise_frames[first : first + 3]).all()
-    with pytest.raises(BrokenClipError, match="cut off|damaged|frames, 20 are needed"):
+    with pytest.raises(BrokenClipError, match="cut off|damaged|too short"):
         read_clip(cut, ClipSettings(20, (32, 48), 10.0))
 
 
@@ -190,25 +188,28 @@ def real_clips(test_data):
 
 @pytest.mark.parametrize("number", range(6))
 def test_real_clips_are_read_as_they_are_decoded_plainly(number, test_data, decode_plainly):
-    """Reference frames of real clips: at the times that are wanted, cropped with Pillow."""
+    """Reference frames of real clips: at the times that are wanted, cropped with Pillow. Two have oblong pixels."""
     path, size = real_clips(test_data)[number], (48, 64)
-    plain = decode_plainly(path)
+    with av.open(str(path)) as container:
+        aspect = float(container.streams.best("video").sample_aspect_ratio or 1)
+    plain = [(time, cropped(array, size, aspect)) for time, array in decode_plainly(path)]
     times = [time for time, _ in plain]
     assert all(before < after for before, after in pairwise(times))
     for fps, start in ((8.0, 0.0), (5.0, 0.5)):
         shown = as_bytes(read_clip(path, ClipSettings(9, size, fps), start))
-        begins = [i for i, (_, array) in enumerate(plain) if (cropped(array, size) == shown[0]).all()]
+        begins = [i for i, (_, array) in enumerate(plain) if (array == shown[0]).all()]
         wanted = [times[begins[-1]] + step / Fraction(fps) for step in range(9)]
         chosen = [max(i for i, time in enumerate(times) if time <= want + Fraction(1, 1000)) for want in wanted]
         for array, place in zip(shown, chosen, strict=True):
-            np.testing.assert_array_equal(array, cropped(plain[place][1], size))
+            np.testing.assert_array_equal(array, plain[place][1])
         assert start or begins[0] == 0
 
 
-def cropped(array, size):
+def cropped(array, size, aspect):
+    """The largest central part of a picture whose pixels are ``aspect`` times as wide as they are high."""
     height, width = array.shape[:2]
-    scale = min(height / size[0], width / size[1])
-    part = (size[1] * scale, size[0] * scale)
+    scale = min(height / size[0], width * aspect / size[1])
+    part = (size[1] * scale / aspect, size[0] * scale)
     left, top = (width - part[0]) / 2, (height - part[1]) / 2
     box = (left, top, left + part[0], top + part[1])
     return np.asarray(Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC, box=box))
