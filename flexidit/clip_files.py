@@ -30,7 +30,7 @@ def encode_clip(pixels: Tensor, clip_format: str, fps: float) -> bytes:
     """
     if clip_format not in CLIP_FORMATS:
         raise ValueError(f"clips are written as {' or '.join(CLIP_FORMATS)}, not as {clip_format!r}")
-    if pixels.ndim != 4 or pixels.shape[0] not in (1, 3):
+    if pixels.ndim != 4 or pixels.shape[0] not in (1, 3) or not pixels.numel():
         raise ValueError(f"a clip has shape (1 or 3, F, H, W), got {tuple(pixels.shape)}")
     frames = [to_image(frame) for frame in pixels.unbind(1)]
     return encode_mp4(frames, fps) if clip_format == "mp4" else encode_gif(frames, fps)

@@ -1,7 +1,6 @@
 """Videos of every container, form and damage: read as PyAV reads them plainly, or refused with a reason."""
 
 import re
-import shutil
 from fractions import Fraction
 from itertools import pairwise
 
@@ -174,10 +173,15 @@ def test_no_damage_ends_in_another_error(suffix, write_video, smooth_frames, tmp
         noise = rng.integers(0, 256, min(40, len(data) - place), dtype=np.uint8).tobytes()
         for broken in (data[:place], data[:place] + noise + data[place + len(noise) :]):
             for settings in (ClipSettings(9, (8, 8), 10.0), ClipSettings(9, (8, 8))):
-                try:
-                    assert read_clip(broken, settings).shape == (3, 9, 8, 8)
-                except BrokenClipError as error:
-                    assert re.fullmatch(r"[^\n]+", str(error))
+                read = clip_or_reason(broken, settings)
+                assert re.fullmatch(r"[^\n]+", read) if isinstance(read, str) else read.shape == (3, 9, 8, 8)
+
+
+def clip_or_reason(source, settings, start=0.5):
+    try:
+        return read_clip(source, settings, start)
+    except BrokenClipError as error:
+        return str(error)
 
 
 def real_clips(test_data):
@@ -229,15 +233,12 @@ def test_a_real_animation_is_read_as_pillow_reads_it(test_data):
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.95])
 def test_real_clips_that_are_cut_are_read_up_to_the_cut_or_named(share, test_data, tmp_path):
+    settings = ClipSettings(2, (32, 32), 10.0)
     for path in real_clips(test_data):
         cut = tmp_path / path.name
-        shutil.copyfile(path, cut)
-        cut.chmod(0o600)
-        with cut.open("r+b") as file:
-            file.truncate(int(path.stat().st_size * share))
-        try:
-            assert read_clip(cut, ClipSettings(2, (32, 32), 10.0), 0.0).equal(
-                read_clip(path, ClipSettings(2, (32, 32), 10.0), 0.0)
-            )
-        except BrokenClipError as error:
-            assert re.search("cut off|damaged|too short", str(error)), path
+        cut.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+        read = clip_or_reason(cut, settings, 0.0)
+        if isinstance(read, str):
+            assert re.search("cut off|damaged", read), path
+        else:
+            assert read.equal(read_clip(path, settings, 0.0)), path
