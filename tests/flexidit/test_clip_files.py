@@ -96,6 +96,13 @@ def test_values_outside_the_range_are_clipped(clip_format):
     assert encode_clip(clip * 4, clip_format, 8) == encode_clip((clip * 4).clamp(-1, 1), clip_format, 8)
 
 
+@pytest.mark.parametrize("clip_format", CLIP_FORMATS)
+@pytest.mark.parametrize("size", [(32, 48), (16, 16), (64, 64)])
+def test_a_clip_is_always_the_same_file(clip_format, size):
+    clip = smooth_clip(size=size)
+    assert len({encode_clip(clip, clip_format, 8) for _ in range(12)}) == 1
+
+
 def test_mp4_is_of_the_form_that_players_read():
     with av.open(BytesIO(encode_clip(smooth_clip(), "mp4", 8))) as container:
         [stream] = container.streams
