@@ -7,21 +7,21 @@ Shape legend: N captions, L tokens they are padded to, E width of the embeddings
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flexidit.conditions import Captions, join
-from flexidit.text_loading import load_t5, load_tokenizer
+from flexidit.text_loading import EncoderKind, encoder_kind, load_t5, load_tokenizer
 
 TextDtype = Literal["float32", "bfloat16"]
-NORMALISATION = "lower-strip"  # name of `normalise_caption` in fingerprints
 _ARCHITECTURE = (  # what changes the function of a T5 encoder beside its weights
     "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj", "layer_norm_epsilon",
     "relative_attention_num_buckets", "relative_attention_max_distance",
@@ -61,19 +61,48 @@ def normalise_caption(text: str) -> str:
     return text.lower().strip()
 
 
-class TextEncoder:
-    """The encoder of a T5, frozen, with its tokenizer.
+def clean_prompt(text: str) -> str:
+    """HTML entities read, white space collapsed, upper and lower case kept: Wan's handling.
 
-    Both are read at the first use. Captions are normalised by :func:`normalise_caption`; longer ones are cut to
+    Wan's code, and diffusers where ftfy is installed, also repair wrongly decoded text; captions that need it are
+    better repaired once, where they are stored.
+
+    Example:
+        >>> clean_prompt(" A cat &amp;amp;\\n  a Dog ")
+        'A cat & a Dog'
+    """
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+class _Handling(NamedTuple):
+    """What models trained with one kind of encoder expect of captions."""
+
+    name: str
+    """In fingerprints."""
+    normalise: Callable[[str], str]
+    max_length: int
+
+
+_HANDLING: dict[EncoderKind, _Handling] = {
+    "t5": _Handling("lower-strip", normalise_caption, 120),
+    "umt5": _Handling("html-whitespace", clean_prompt, 512),
+}
+
+
+class TextEncoder:
+    """The encoder of a T5 or UMT5, frozen, with its tokenizer.
+
+    Both are read at the first use. Captions are normalised as the models of the encoder's kind expect: by
+    :func:`normalise_caption` for T5 (PixArt), by :func:`clean_prompt` for UMT5 (Wan). Longer ones are cut to
     ``max_length`` tokens, the end-of-text token included, which is also what the empty caption consists of.
 
     Args:
-        source: folder or hub id of a T5 (its decoder, if there, is not read), or of a pipeline with a
-            ``text_encoder`` and a ``tokenizer`` folder, such as PixArt's.
+        source: folder or hub id of a T5 or UMT5 (its decoder, if there, is not read), or of a pipeline with a
+            ``text_encoder`` and a ``tokenizer`` folder, such as PixArt's and Wan's.
         tokenizer: folder or hub id of the tokenizer; None takes that of ``source``.
         device: where the encoder runs; results are on the CPU.
         dtype: of weights and results. float16 is not offered: T5's activations overflow in it.
-        max_length: L; PixArt-alpha was trained with 120.
+        max_length: L; None takes 120 for T5, as PixArt-alpha was trained, and 512 for UMT5, as Wan.
         batch_size: captions that go through at once, which bounds memory; a GPU wants more than the default.
     """
 
@@ -84,21 +113,30 @@ class TextEncoder:
         tokenizer: str | Path | None = None,
         device: torch.device | str = "cpu",
         dtype: TextDtype = "bfloat16",
-        max_length: int = 120,
+        max_length: int | None = None,
         batch_size: int = 8,
     ) -> None:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"the text encoder's dtype is bfloat16 or float32, got {dtype!r}")
         if batch_size < 1:
             raise ValueError(f"the text encoder's batch_size is at least 1, got {batch_size}")
-        if max_length < 2:
+        if max_length is not None and max_length < 2:
             raise ValueError(f"the text encoder's max_length is at least 2, one word and the end, got {max_length}")
         self.source = source
         self.tokenizer_source = source if tokenizer is None else tokenizer
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.max_length = max_length
         self.batch_size = batch_size
+        self._max_length = max_length
+
+    @cached_property
+    def _handling(self) -> _Handling:
+        return _HANDLING[encoder_kind(self.source)]
+
+    @property
+    def max_length(self) -> int:
+        """L."""
+        return self._handling.max_length if self._max_length is None else self._max_length
 
     @cached_property
     def model(self) -> nn.Module:
@@ -127,8 +165,8 @@ class TextEncoder:
             "dtype": str(self.dtype).removeprefix("torch."),
             "max_length": self.max_length,
             "width": self.width,
-            "normalisation": NORMALISATION,
-            "tokenizer_sha256": _tokenizer_sha256(self.tokenizer),
+            "normalisation": self._handling.name,
+            "tokenizer_sha256": _tokenizer_sha256(self.tokenizer, self._handling.normalise),
             "weights_sha256": _weights_sha256(self.model),
         }
 
@@ -153,15 +191,15 @@ class TextEncoder:
 
     def truncated(self, texts: Sequence[str]) -> list[bool]:
         """Which of the captions have more than L tokens, the end-of-text token included."""
-        whole = (
-            self.tokenizer([normalise_caption(text) for text in texts], verbose=False) if texts else {"input_ids": []}
-        )
+        if not texts:
+            return []
+        whole = self.tokenizer([self._handling.normalise(text) for text in texts], verbose=False)
         return [len(tokens) > self.max_length for tokens in whole["input_ids"]]
 
     def _encode_chunk(self, texts: Sequence[str]) -> Captions:
         # padded to the longest of the chunk only: captions are far shorter than L, and the mask hides the rest
         tokens = self.tokenizer(
-            [normalise_caption(text) for text in texts],
+            [self._handling.normalise(text) for text in texts],
             padding="longest",
             truncation=True,
             max_length=self.max_length,
@@ -251,7 +289,7 @@ def make_text_encoder(
         tokenizer: of a :class:`TextEncoder`, where it is not beside the encoder.
         device: of a :class:`TextEncoder`.
         dtype: of a :class:`TextEncoder`.
-        max_length: L; None means 120, and 16 words.
+        max_length: L; None means 120, of UMT5 512, and 16 words.
         batch_size: of a :class:`TextEncoder`.
 
     Example:
@@ -262,8 +300,9 @@ def make_text_encoder(
     if words:
         width, length = int(words[1] or 64), int(words[2] or 16)
         return WordEncoder(width, length if max_length is None else max_length)
-    options: dict[str, Any] = {} if max_length is None else {"max_length": max_length}
-    return TextEncoder(name, tokenizer=tokenizer, device=device, dtype=dtype, batch_size=batch_size, **options)
+    return TextEncoder(
+        name, tokenizer=tokenizer, device=device, dtype=dtype, max_length=max_length, batch_size=batch_size
+    )
 
 
 def _no_captions(length: int, width: int, dtype: torch.dtype, count: int = 0) -> Captions:
@@ -271,10 +310,10 @@ def _no_captions(length: int, width: int, dtype: torch.dtype, count: int = 0) ->
     return Captions(torch.zeros(count, length, width, dtype=dtype), torch.zeros(count, length, dtype=torch.bool))
 
 
-def _tokenizer_sha256(tokenizer: Any) -> str:
+def _tokenizer_sha256(tokenizer: Any, normalise: Callable[[str], str]) -> str:
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "probe": [tokenizer(normalise_caption(text)).input_ids for text in _PROBE],
+        "probe": [tokenizer(normalise(text)).input_ids for text in _PROBE],
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

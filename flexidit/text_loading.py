@@ -1,4 +1,4 @@
-"""Reading T5 and its tokenizer from a folder or the hub: safely, in silence, with one sentence where it fails.
+"""Reading T5, or UMT5, and its tokenizer from a folder or the hub: safely, silently, with one sentence if it fails.
 
 A source is a folder or a hub id, either of the thing itself or of a pipeline that has it in a folder of its own.
 """
@@ -8,28 +8,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
+EncoderKind = Literal["t5", "umt5"]
+"""PixArt's text encoder, or the multilingual one of Wan."""
 
-def load_t5(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Read a frozen T5 encoder from a folder or the hub: safetensors, or tensors of a ``.bin`` without any code.
+
+def encoder_kind(source: str | Path) -> EncoderKind:
+    """Which of them a folder or the hub has, by its config; no weights are read.
 
     Raises:
-        FileNotFoundError: if a path holds no T5.
+        FileNotFoundError, ValueError: as :func:`load_t5`.
+    """
+    return open_source(_read_kind, source, "text_encoder", ("config.json",), "T5 text encoder")
+
+
+def load_t5(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Read a frozen T5 or UMT5 encoder from a folder or the hub: safetensors, or tensors of a ``.bin`` without code.
+
+    Raises:
+        FileNotFoundError: if a path holds neither.
         ValueError: if it is another model, its weights are incomplete or damaged, or the hub cannot be reached.
     """
 
     def read(location: str, **options: Any) -> nn.Module:
-        from transformers import T5Config, T5EncoderModel
+        from transformers import T5EncoderModel, UMT5EncoderModel
 
-        kind = T5Config.get_config_dict(location, **options)[0].get("model_type")
-        if kind != "t5":
-            raise ValueError(f"its model_type is {kind!r}, not 't5'")
+        kind = UMT5EncoderModel if _read_kind(location, **options) == "umt5" else T5EncoderModel
         options |= {"torch_dtype": dtype, "weights_only": True, "output_loading_info": True}
-        loaded: Any = T5EncoderModel.from_pretrained(location, **options)
+        loaded: Any = kind.from_pretrained(location, **options)
         model, info = loaded
         if info["missing_keys"]:  # transformers would leave these at random values, with a warning only
             raise ValueError(f"its weights lack {len(info['missing_keys'])} tensors")
@@ -59,6 +69,15 @@ def load_tokenizer(source: str | Path) -> Any:
 
     files = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
     return open_source(read, source, "tokenizer", files, "tokenizer")
+
+
+def _read_kind(location: str, **options: Any) -> EncoderKind:
+    from transformers import T5Config
+
+    kind = T5Config.get_config_dict(location, **options)[0].get("model_type")
+    if kind not in ("t5", "umt5"):
+        raise ValueError(f"its model_type is {kind!r}, not 't5' or 'umt5'")
+    return cast(EncoderKind, kind)
 
 
 def open_source(read: Callable[..., Any], source: str | Path, part: str, files: Sequence[str], noun: str) -> Any:

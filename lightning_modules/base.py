@@ -118,6 +118,9 @@ class DiffusionModule(LightningModule, ABC):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
+        if self._trainer is not None:
+            is_sharded = isinstance(self._strategy, ModelParallelStrategy)
+            check_gathering(self.gather_dtype, self.trainer.precision, is_sharded)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             target, source = read_target(self.target_settings, self._strategy)
@@ -318,9 +321,7 @@ class DiffusionModule(LightningModule, ABC):
 
     def _distribute(self) -> None:
         strategy = self.trainer.strategy
-        is_sharded = isinstance(strategy, ModelParallelStrategy)
-        check_gathering(self.gather_dtype, self.trainer.precision, is_sharded)
-        if is_sharded:
+        if isinstance(strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
             shard(self.model, self.device_mesh, self.gather_dtype)
         elif isinstance(strategy, DDPStrategy) and self._trains_in_turns:

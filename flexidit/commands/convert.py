@@ -5,24 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexidit.config import CaptionedConfig, family_of
+from flexidit.commands.convert_pipeline import (
+    PIPELINE,
+    add_pipeline_arguments,
+    check_pipeline_arguments,
+    convert_pipeline,
+)
+from flexidit.commands.convert_report import compare, describe, facts_of, make_report, times
+from flexidit.config import family_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flexidit.checkpoint import Weights
     from flexidit.export import Adapters
     from flexidit.models import FlexiTransformer
 
-HELP = "official, diffusers, flexidit and training checkpoints to one another; one patch size; adapters for peft"
+HELP = "official, diffusers, flexidit and training checkpoints to one another; one patch size; adapters; a pipeline"
 EXAMPLE = """flexidit convert last.ckpt adapters --to peft --base PixArt-XL-2-256x256.pth
   flexidit convert adapters PixArt-XL-4 --to merged --patch-size 4 --base PixArt-XL-2-256x256.pth
-  flexidit convert student.safetensors DiT-XL-4 --to diffusers --patch-size 4"""
+  flexidit convert student.safetensors DiT-XL-4 --to diffusers --patch-size 4
+  flexidit convert adapters Wan-fast --to wan-pipeline --pipeline Wan2.1-Diffusers --schedule 1x4x4:30,1x2x2:20"""
 
 _SUFFIXES = {"flexidit": (".safetensors",), "official": (".pt", ".pth", ".safetensors")}
 _LAYOUTS = {
@@ -31,6 +36,7 @@ _LAYOUTS = {
     "diffusers": "diffusers",
     "merged": "diffusers",  # of a weak patch size
     "peft": "peft",
+    PIPELINE: PIPELINE,
 }
 
 
@@ -42,13 +48,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "output",
         type=Path,
-        help=".safetensors (flexidit), .pt or .safetensors (official) or folder (diffusers, merged, peft)",
+        help=".safetensors (flexidit), .pt or .safetensors (official) or folder (all others)",
     )
     parser.add_argument(
         "--to",
         required=True,
         choices=_LAYOUTS,
-        help="layout to write; merged: a weak patch size for diffusers; peft: adapters for diffusers' class",
+        help="layout to write; merged: a weak patch size for diffusers; peft: adapters for diffusers' class; "
+        f"{PIPELINE}: a folder that diffusers' WanPipeline opens",
     )
     parser.add_argument(
         "--patch-size", metavar="SIZE", help="write a plain model of this size: adapters merged, weights projected"
@@ -69,6 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="latent N or HxW, of official PixArt weights without pos_embed; FxHxW of the clips that a Wan is for",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add_pipeline_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from flexidit.export import Adapters
 
     _check_arguments(args)
-    _check_not_overwritten(args.output, args.input, args.base)
+    _check_not_overwritten(args.output, args.input, args.base, args.pipeline)
     found = read_any(args.input, prefer_ema=not args.no_ema, num_heads=args.num_heads, input_size=args.input_size)
     if args.num_heads not in (None, found.config.num_heads):
         raise ValueError(
@@ -89,10 +97,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if _wants_adapters(args) or isinstance(found, Adapters):
         _check_not_overwritten(args.output, *_recorded_base(found, args.input))
-    report = _convert_adapters(found, args) if _wants_adapters(args) else _convert_model(found, args)
-    if report["warning"]:
-        print(f"flexidit convert: {report['warning']}", file=sys.stderr)
-    print(json.dumps(report) if args.json else _describe(report))
+    result = _convert(found, args)
+    if result["warning"]:
+        print(f"flexidit convert: {result['warning']}", file=sys.stderr)
+    print(json.dumps(result) if args.json else describe(result))
     return 0
 
 
@@ -114,6 +122,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--adapters-only is for --to flexidit, not {args.to}; --to peft writes adapters anyway")
     if _wants_adapters(args) and args.patch_size is not None:
         raise ValueError("adapters are written for all weak patch sizes; leave --patch-size out, or use --to merged")
+    check_pipeline_arguments(args)
     path, known = args.output, _SUFFIXES.get(args.to)
     if known and (path.suffix not in known or path.is_dir()):
         raise ValueError(f"the {args.to} layout is one file that ends in {' or '.join(known)}, got {path}")
@@ -150,44 +159,53 @@ def _convert_adapters(found: Weights | Adapters, args: argparse.Namespace) -> di
     if args.base is not None:
         base_of(added, args.base, Path(args.input))
         added = replace(added, base=replace(added.base, source=args.base))
-    read, added = _facts(added.config, added.tensors), added.to(_dtype(args))
+    read, added = facts_of(added.config, added.tensors), added.to(_dtype(args))
     written = save_peft(added, args.output) if args.to == "peft" else save_adapters(added, args.output)
     again = read_any(written)
     if not isinstance(again, Adapters) or (again.config, again.base) != (added.config, added.base):
         raise ValueError(f"{written} does not read back as it was written (its description differs); write it again")
-    _compare(added.tensors, again.tensors, written)
+    compare(added.tensors, again.tensors, written)
     warning = "" if added.base.source else "nothing says where the base is: give it with --base, or at every load"
-    report = _report(args, read, _facts(added.config, added.tensors), warning, len(added.tensors))
+    report = make_report(args, read, facts_of(added.config, added.tensors), warning, len(added.tensors))
     return {**report, "base": asdict(added.base)}
 
 
-def _convert_model(found: Weights | Adapters, args: argparse.Namespace) -> dict[str, Any]:
-    from flexidit.checkpoint import build_from, complete, save_checkpoint
+def _convert(found: Weights | Adapters, args: argparse.Namespace) -> dict[str, Any]:
+    if _wants_adapters(args):
+        return _convert_adapters(found, args)
+    return convert_pipeline(_source(found, args), args) if args.to == PIPELINE else _convert_model(found, args)
+
+
+def _source(found: Weights | Adapters, args: argparse.Namespace) -> FlexiTransformer:
+    """The model that was read, adapters on their base."""
+    from flexidit.checkpoint import build_from, complete
 
     weights = complete(found, args.base, Path(args.input))
     if args.input_size is not None and not weights.config.has_position_table:  # no weight depends on it
         weights = replace(weights, config=_meant_for(weights.config, args.input_size))
-    source = build_from(weights, Path(args.input))
+    return build_from(weights, Path(args.input))
+
+
+def _convert_model(found: Weights | Adapters, args: argparse.Namespace) -> dict[str, Any]:
+    from flexidit.checkpoint import save_checkpoint
+
+    source = _source(found, args)
     model, layout = _chosen(source, args), _LAYOUTS[args.to]
-    read = _facts(source.config, dict(source.named_parameters()))
+    read = facts_of(source.config, dict(source.named_parameters()))
     if args.dtype is not None:
         model = model.to(_dtype(args))
     missing = _missing_fields(model, layout)
     warning = _warning(model.config, missing, layout)
     written = save_checkpoint(model, args.output, layout_format=layout, text=found.text)  # type: ignore[arg-type]
     num_tensors = _verify(model, written, missing, layout)
-    return _report(args, read, _facts(model.config, dict(model.named_parameters())), warning, num_tensors)
+    return make_report(args, read, facts_of(model.config, dict(model.named_parameters())), warning, num_tensors)
 
 
 def _meant_for(config: Any, size: int | tuple[int, ...]) -> Any:
     """The config of a model of clips of this size."""
     if isinstance(size, int) or len(size) != len(config.input_size):
-        raise ValueError(f"this model takes clips: give --input-size as FxHxW, such as {_times(config.input_size)}")
+        raise ValueError(f"this model takes clips: give --input-size as FxHxW, such as {times(config.input_size)}")
     return replace(config, input_size=size)
-
-
-def _times(sides: Sequence[int]) -> str:
-    return "x".join(map(str, sides))
 
 
 def _dtype(args: argparse.Namespace) -> Any:
@@ -274,91 +292,4 @@ def _verify(model: FlexiTransformer, written: Path, missing: dict[str, Any], lay
     config = layout_of_config(model.config).own_unit(model.config)
     again = load_checkpoint(written, **{name: getattr(config, name) for name in missing}).state_dict()
     derived = {"pos_embed"} if layout == "diffusers" else set()  # computed when read, hence equal to rounding only
-    return _compare(model.state_dict(), again, written, derived)
-
-
-def _compare(
-    state: dict[str, Tensor], again: dict[str, Tensor], written: Path, derived: set[str] | frozenset[str] = frozenset()
-) -> int:
-    """Number of tensors, if all came back as they were.
-
-    Raises:
-        ValueError: one did not.
-    """
-    import torch
-
-    differing = {name for name in state if name not in again or not torch.equal(state[name], again[name])}
-    lost = sorted((differing | (set(again) - set(state))) - derived)
-    if lost:
-        raise ValueError(f"{written} does not read back as it was written ({lost[0]} differs); write it again")
-    return len(state)
-
-
-def _facts(config: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Of a model and its parameters, or of adapters."""
-    if isinstance(config, CaptionedConfig):
-        condition = {"caption_length": config.caption_length, "caption_channels": config.caption_channels}
-    else:
-        condition = {"num_classes": config.num_classes}
-    return {
-        "family": family_of(config),
-        "patch_sizes": [size.name for size in config.patch_sizes],
-        "recipe": None if config.flex is None else config.flex.recipe,
-        "depth": config.depth,
-        "hidden_size": config.hidden_size,
-        "input_size": list(config.input_size),
-        "in_channels": config.in_channels,
-        **condition,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
-    }
-
-
-def _report(
-    args: argparse.Namespace, read: dict[str, Any], written: dict[str, Any], warning: str, num_tensors: int
-) -> dict[str, Any]:
-    return {
-        "input": str(args.input),
-        "read": read,
-        "output": str(args.output),
-        "layout": args.to,
-        "written": written,
-        "bytes": _bytes(args.output),
-        "tensors_compared": num_tensors,
-        "warning": warning,
-    }
-
-
-def _bytes(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
-def _describe(report: dict[str, Any]) -> str:
-    is_part = "base" in report
-    lines = [
-        f"read    {report['input']}: {_in_words(report['read'], is_part)}",
-        f"written {report['output']}: {_in_words(report['written'], is_part)}",
-        f"{report['layout']} layout, {report['bytes'] / 1e6:.1f} MB; read back, "
-        f"all {report['tensors_compared']} tensors agree",
-    ]
-    if is_part:
-        base = report["base"]
-        lines.append(f"base    {base['source'] or 'not recorded where'}, weights {base['hash'][:12]}")
-    return "\n".join(lines)
-
-
-def _in_words(facts: dict[str, Any], is_part: bool = False) -> str:
-    sides = _times(facts["input_size"])
-    kind = "plain" if facts["recipe"] is None else f"flexible ({facts['recipe']})"
-    what = f"adapters of a {kind}" if is_part else kind
-    condition = (
-        f"{facts['num_classes']} classes"
-        if "num_classes" in facts
-        else f"captions of {facts['caption_length']} x {facts['caption_channels']}"
-    )
-    return (
-        f"{what} {facts['family']}, {facts['depth']} blocks of width {facts['hidden_size']}, "
-        f"patch {', '.join(facts['patch_sizes'])}, latent {facts['in_channels']}x{sides}, "
-        f"{condition}, {facts['parameters'] / 1e6:.2f} M parameters, {facts['dtype']}"
-    )
+    return compare(model.state_dict(), again, written, derived)

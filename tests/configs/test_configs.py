@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from callbacks.ema import EMA
 from flexidit import create_model, load_checkpoint
 from flexidit.cli import main
 from flexidit.commands.training import CLI
+from flexidit.variants import variant_config
 from lightning_modules.base import DiffusionModule
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
 from lightning_modules.settings import TargetSettings
@@ -131,6 +133,28 @@ def test_the_text_to_image_recipes_are_table_5(name: str, rank: int, capsys: pyt
     assert batch_size * trainer["devices"] * trainer["accumulate_grad_batches"] == 512
 
 
+@pytest.mark.parametrize("name", ["video_dit_4_9b", "wan_1_3b", "wan_14b"])
+def test_the_text_to_video_recipes_are_table_5(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path, fsdp = CONFIGS / "text_to_video" / f"{name}.yaml", CONFIGS / "trainer" / "fsdp.yaml"
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(path), "-c", str(fsdp), "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    model, trainer, data = config["model"]["init_args"], config["trainer"], config["data"]["init_args"]
+    assert (model["optimizer"]["lr"], model["optimizer"]["weight_decay"]) == (8e-4, 1e-2)
+    assert (model["flex"]["recipe"], model["flex"]["rank"], trainer["gradient_clip_val"]) == ("lora", 64, 0.02)
+    assert {"1x4x4", "2x2x2"} <= set(model["flex"]["patch_sizes"])
+    average = next(c["init_args"] for c in trainer["callbacks"] if c["class_path"] == "callbacks.ema.EMA")
+    assert (average["decay"], average["every_n_steps"]) == (0.9999, 1)
+    batch = data["batch_size"] * trainer["devices"] * trainer["accumulate_grad_batches"]
+    assert batch == (512 if name == "video_dit_4_9b" else 64)
+    if model["gather_dtype"] == "bfloat16":
+        assert trainer["precision"] == "bf16-mixed"
+    target = variant_config(model["target"]["variant"])
+    by = (8, 8, 8) if name == "video_dit_4_9b" else (4, 8, 8)  # downscale of the autoencoder
+    pixels = (data["num_frames"], *data["size"])
+    assert target.input_size == tuple(math.ceil(side / factor) for side, factor in zip(pixels, by, strict=True))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
 def test_a_recipe_s_model_exists(path: Path) -> None:
     settings = TargetSettings(**yaml.safe_load(path.read_text())["model"]["init_args"]["target"])
@@ -144,13 +168,19 @@ def test_a_recipe_s_model_exists(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "folder"),
+    ("first", "second", "folder", "sizes"),
     [
-        ("pretraining", "class_conditional", "runs/quickstart_class_conditional"),
-        ("text_to_image_pretrain", "text_to_image_distill", "runs/quickstart_text_to_image_distill"),
+        ("pretraining", "class_conditional", "runs/quickstart_class_conditional", "1x2x2 1x4x4"),
+        ("text_to_image_pretrain", "text_to_image_distill", "runs/quickstart_text_to_image_distill", "1x2x2 1x4x4"),
+        (
+            "text_to_video_pretrain",
+            "text_to_video_distill",
+            "runs/quickstart_text_to_video_distill",
+            "1x4x4 2x4x4 1x8x8",
+        ),
     ],
 )
-def test_the_quick_start_s_recipes_follow_one_another(first: str, second: str, folder: str) -> None:
+def test_the_quick_start_s_recipes_follow_one_another(first: str, second: str, folder: str, sizes: str) -> None:
     short = [
         "--trainer.max_steps=2",
         "--trainer.accelerator=cpu",
@@ -159,5 +189,5 @@ def test_the_quick_start_s_recipes_follow_one_another(first: str, second: str, f
     for name in (first, second):
         assert main(["fit", "-c", str(CONFIGS / "quickstart" / f"{name}.yaml"), *short]) == 0
     student = load_checkpoint(f"{folder}/checkpoints/last.ckpt")
-    assert [size.name for size in student.patch_sizes] == ["1x2x2", "1x4x4"]
+    assert [size.name for size in student.patch_sizes] == sizes.split()
     assert list(Path(f"{folder}/samples").glob("*.png"))

@@ -200,6 +200,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("video")
+    torch.manual_seed(0)  # fixtures of a module come before that of each test
     model = create_model("Wan-Tiny", **TINY)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,9 +1,11 @@
 """Fixtures of the package's own tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,3 +73,78 @@ def swept(points: list[CurvePoint]) -> list[CurvePoint]:
         for scale, (frechet, share) in values.items()
     ]
     return [*measured, replace(measured[0], seed=1, frechet=1.5), replace(measured[1], seed=1, frechet=2.0)]
+
+
+@pytest.fixture(scope="session")
+def umt5(tmp_path_factory: pytest.TempPathFactory, save_word_tokenizer: Callable[..., None]) -> Path:
+    """As ``t5``, of a UMT5, which Wan reads."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wan_pipeline")
+    config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    save_word_tokenizer(folder / "tokenizer", "a A dog , Running man on red bicycle &")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan_pipeline(tmp_path_factory: pytest.TempPathFactory, umt5: Path) -> Path:
+    """Folder of a tiny random WanPipeline, without transformers; read only."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(umt5 / "tokenizer")
+    encoder = UMT5EncoderModel.from_pretrained(umt5 / "text_encoder")
+    flow: dict[str, object] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    folder = tmp_path_factory.mktemp("stock")
+    WanPipeline(tokenizer, encoder, vae, UniPCMultistepScheduler(**flow)).save_pretrained(folder)
+    return folder
+
+
+def noise_frames() -> np.ndarray:
+    """Twenty different frames of noise: (20, 32, 48, 3) uint8."""
+    return np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def write_video() -> Callable[..., Path]:
+    """Write frames, (F, H, W, 3) uint8: ``(path, frames, codec, pix_fmt, rate=, times=, aspect=, **codec options)``.
+
+    Without loss by default. ``times`` are those of the frames in units of 1 / rate.
+    """
+    import av
+
+    def write(
+        path: Path, frames: np.ndarray, codec: str = "ffv1", pix_fmt: str = "bgr0", *, rate: int = 10,
+        times: Sequence[int] | None = None, aspect: Fraction | None = None, **options: str,
+    ) -> Path:  # fmt: skip
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=rate, options=options)
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
+            if aspect is not None:
+                stream.codec_context.sample_aspect_ratio = aspect
+            for time, array in zip(range(len(frames)) if times is None else times, frames, strict=True):
+                frame = av.VideoFrame.from_ndarray(array)
+                frame.pts, frame.time_base = time, Fraction(1, rate)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def decode_plainly() -> Callable[[Path], list[tuple[Fraction, np.ndarray]]]:
+    """``(time, (H, W, 3) uint8)`` of every frame, as PyAV decodes a file from its beginning to its end."""
+    import av
+
+    def decode(path: Path) -> list[tuple[Fraction, np.ndarray]]:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            return [(f.pts * stream.time_base, f.to_ndarray(format="rgb24")) for f in container.decode(stream)]
+
+    return decode

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from flexidit.text import TextEncoder, WordEncoder, make_text_encoder, normalise_caption
+from flexidit.text import TextEncoder, WordEncoder, clean_prompt, make_text_encoder, normalise_caption
 
 TEXTS = ["A dog, Running", "", "a man on a red bicycle"]
 
@@ -101,6 +101,38 @@ def test_the_real_tokenizer_with_a_random_encoder(test_data, tmp_path):
     assert captions.embeddings.shape == (3, 120, 64)
     assert captions.mask.sum(1).tolist() == [6, 1, 120]
     assert encoder.truncated(["A dog, Running", "word " * 200]) == [False, True]
+
+
+# UMT5
+
+WAN_TEXTS = ["A dog,\n Running ", "", "a man &amp; a  dog", "a A " * 8]
+
+
+def test_a_umt5_reads_prompts_as_wan_does(umt5):
+    """Compared with diffusers' own pipeline, which fills captions up with zeros."""
+    from diffusers import WanPipeline
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    model = UMT5EncoderModel.from_pretrained(umt5 / "text_encoder", dtype=torch.float32).eval()
+    pipeline = WanPipeline(AutoTokenizer.from_pretrained(umt5 / "tokenizer"), model, None, None)
+    expected, _ = pipeline.encode_prompt(WAN_TEXTS, do_classifier_free_guidance=False, max_sequence_length=12)
+    captions = TextEncoder(umt5, dtype="float32", max_length=12, batch_size=2).encode(WAN_TEXTS)
+    assert captions.mask.sum(1).tolist() == [5, 1, 6, 12]
+    torch.testing.assert_close(captions.embeddings, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_done_to_captions_is_that_of_the_encoders_kind(t5, umt5):
+    first, second = TextEncoder(t5), TextEncoder(umt5)
+    assert (first.max_length, second.max_length) == (120, 512)
+    assert (first.fingerprint["normalisation"], second.fingerprint["normalisation"]) == (
+        "lower-strip",
+        "html-whitespace",
+    )
+    assert second.fingerprint["class"] == "UMT5EncoderModel" and second.fingerprint["max_length"] == 512
+    a, b = second.encode(["A dog", "a dog"]).embeddings
+    assert not torch.equal(a, b)
+    assert second.truncated(["a " * 511, "a " * 512]) == [False, True]
+    assert clean_prompt("A&amp;lt;b\u00a0 c ") == "A<b c"
 
 
 # WordEncoder

@@ -1,0 +1,55 @@
+"""Latency and memory of models of clips: what the benchmarks say agrees with the models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from flexidit import create_model, flexify
+from flexidit.flops import forward_flops
+
+
+def load(repository: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, repository / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_latency_is_told_beside_the_model_s_flops(repository: Path, tmp_path: Path, rank: int | None) -> None:
+    options = ["--model", "Wan-Tiny", "--size", "5x16x16", "--depth", "1", "--ways", "eager", "--repetitions", "1"]
+    adapters = [] if rank is None else ["--rank", str(rank)]
+    out = tmp_path / "latency.json"
+    load(repository, "video_latency").main([*options, *adapters, "--json", str(out)])
+    record = json.loads(out.read_text())
+    assert record["setting"]["size"] == "5x16x16"
+    assert [m["num_tokens"] for m in record["measurements"]] == [320, 192, 80]  # five frames are three pairs
+    student = flexify(create_model("Wan-Tiny", input_size=(5, 16, 16), depth=1), ["1x4x4", "2x2x2"], "lora", rank=4)
+    for m in record["measurements"]:
+        flops = forward_flops(student, m["patch_size"], merged=rank is None, captions="once")
+        assert m["tflops"] == pytest.approx(flops / 1e12)
+        assert 0 < m["fastest"] <= m["milliseconds"]
+    assert record["measurements"][0]["relative_latency"] == 1
+
+
+def test_memory_is_counted_off_the_model(repository: Path) -> None:
+    memory_of = load(repository, "video_memory").memory_of
+    student = flexify(create_model("Wan-Tiny"), ["1x4x4", "2x2x2"], "lora", rank=64)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
+    alone, eight = memory_of("Wan-Tiny", 1), memory_of("Wan-Tiny", 8)
+    assert (alone.weights, alone.trained, alone.gathered) == (4 * frozen, 20 * trained, 0)
+    assert (eight.weights, eight.trained) == (alone.weights / 8, alone.trained / 8)
+    assert eight.activations == alone.activations
+    assert memory_of("Wan-Tiny", 8, batch_size=3).activations == 3 * eight.activations
+    blocks = sum(p.numel() for p in student.blocks.parameters())
+    wider = memory_of("Wan-Tiny", 8, gather="float32").gathered - eight.gathered
+    assert wider == 2 * blocks  # both of its blocks, two bytes more each
