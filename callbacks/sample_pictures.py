@@ -5,6 +5,7 @@ Shape legend: K samples of a row, C channels, F frames, H W height and width.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from torch import Tensor
 from flexidit.clip_files import encode_gif
 from flexidit.clip_pictures import ClipRow, ClipsRow, animated_grid, contact_sheet
 from flexidit.pictures import GridRow, draw_grid
+
+
+_LABEL_WIDTH = 40  # characters beside a clip
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,10 @@ def _grid(rows: Sequence[SampleRow], columns: Sequence[str], title: str) -> Any:
 
 def _sheet(rows: Sequence[SampleRow], columns: Sequence[str], title: str) -> Any:
     """The clips of one column below one another, one for each budget."""
+    names = [textwrap.shorten(name, _LABEL_WIDTH, placeholder=" ...") for name in columns]
     clips = [
         ClipRow(row.samples[place], name if budget == 0 else "", f"{row.label}: {row.note}")
-        for place, name in enumerate(columns)
+        for place, name in enumerate(names)
         for budget, row in enumerate(rows)
     ]
     return contact_sheet(clips, title)
