@@ -18,7 +18,6 @@ from flexidit.clip_files import encode_gif
 from flexidit.clip_pictures import ClipRow, ClipsRow, animated_grid, contact_sheet
 from flexidit.pictures import GridRow, draw_grid
 
-
 _LABEL_WIDTH = 40  # characters beside a clip
 
 

@@ -72,8 +72,8 @@ def test_files_from_before_there_were_clips_are_read(tmp_path: Path) -> None:
     point = replace(POINT, agreement=0.5, conditions="captions")
     write_csv([point], tmp_path / "new.csv")
     lines = [line.split(",") for line in (tmp_path / "new.csv").read_text().splitlines()]
-    assert lines[0][-3:] == ["frechet_frames", "flicker", "smoothness"]
-    (tmp_path / "old.csv").write_text("".join(",".join(cells[:-3]) + "\n" for cells in lines))
+    assert lines[0][-4:] == ["frechet_frames", "flicker", "smoothness", "sample"]
+    (tmp_path / "old.csv").write_text("".join(",".join(cells[:-4]) + "\n" for cells in lines))
     assert read_csv(tmp_path / "old.csv") == [point]
 
 
