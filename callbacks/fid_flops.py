@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,48 @@ from torch import nn
 
 from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
+from callbacks.schedules import mode_of, schedules_of
 from flexidit.metrics.curve import Evaluation, Reference, SamplingSettings, reference_of
-from flexidit.metrics.curve_candidates import candidates
+from flexidit.metrics.curve_candidates import MIXTURE, Candidate
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 from flexidit.metrics.features import FeatureExtractor
+from flexidit.metrics.judges import ClipMotion
 from flexidit.metrics.prompts import ClassLabels, Prompts, read_prompts
 from flexidit.plots import curve_figure
+
+_SPLITS = ("train", "val")
+_LOGGED = {
+    "val/fid": "frechet",
+    "val/fid_frames": "frechet_frames",
+    "val/flicker": "flicker",
+    "val/smoothness": "smoothness",
+    "flops/relative": "relative_flops",
+}
 
 
 class FIDFlops(Callback):
     """Samples at each budget with the EMA weights and logs ``val/fid@0.46`` and ``flops/relative@0.46``.
+
+    With several weak patch sizes each has its own, ``val/fid_2x2x2@0.46``; schedules that are given one by one are
+    ``val/fid_mixture@0.39``, by what they cost.
 
     Also a TensorBoard figure ``val/fid_flops`` of each measurement, and ``fid_flops.csv`` in the run's folder with all
     of them: one row a point, with evaluator, reference, number of samples, sampler, steps, guidance and seed. It runs
     in ``flexidit validate``, after every so many validations of a fit, and at the end of it. The work is split over the
     ranks, and the result does not depend on their number.
 
+    Of clips, temporal flicker and motion smoothness are measured too (``val/flicker@0.46``, ``val/smoothness@0.46``),
+    and with ``frame_features`` the distance of single frames (``val/fid_frames@0.46``).
+
     Samples have the model's classes in turn; or captions, of the validation data in turn unless prompts are given.
 
     "FID" is short for a Frechet distance in whatever features are given; only Inception's compare with published ones.
 
     Args:
-        features: The evaluator, a ``FeatureExtractor`` such as ``flexidit.metrics.features.InceptionFeatures``. (A
-            config can name modules, not protocols.)
+        features: The evaluator, a ``FeatureExtractor`` such as ``flexidit.metrics.features.InceptionFeatures``; of
+            clips, ``flexidit.metrics.clip_features.ClipFeatures``. (A config can name modules, not protocols.)
         reference: An ``.npz`` with ``mu`` and ``sigma``; or "train" or "val" of the run's data.
-        reference_samples: Use so many images of the run's data; null: all.
+        reference_samples: Use so many images or clips of the run's data; null: all.
         budgets: FLOPs relative to the base patch size at every step; 1.0 is that itself.
         num_samples: Samples per budget. A Frechet distance falls with their number: compare at equal numbers only.
         every_n_validations: Measure after every so many validations of a fit; null: at its end only.
@@ -47,10 +64,13 @@ class FIDFlops(Callback):
         num_sampling_steps: Denoising steps of every budget.
         cfg_scale: Guidance; 1: none.
         guidance_channels: Guide only the first so many latent channels; null: all.
-        weak_patch_size: Patch size of the cheap steps; null: the largest of the model.
+        weak_patch_size: Patch size of the cheap steps, or a list of them, a line each; null: the largest of the model.
         seed: Of the noise.
         prompts: A text file with one prompt a line, for the data's text encoder; null: captions of the validation data,
             with several processes each its own share.
+        schedules: Measured beside the budgets, such as ``1x4x4:12,2x2x2:6,1x2x2:6``.
+        frame_features: For clips, an evaluator of their frames: ``flexidit.metrics.clip_features.FrameFeatures``.
+        frame_reference: As ``reference``, for these; null: the same data.
 
     Raises:
         ValueError: an argument out of its range.
@@ -69,9 +89,12 @@ class FIDFlops(Callback):
         num_sampling_steps: int = 250,
         cfg_scale: float = 1.5,
         guidance_channels: int | None = None,
-        weak_patch_size: int | str | None = None,
+        weak_patch_size: int | str | Sequence[int | str] | None = None,
         seed: int = 0,
         prompts: str | None = None,
+        schedules: Sequence[str] = (),
+        frame_features: nn.Module | None = None,
+        frame_reference: str | None = None,
     ) -> None:
         if not budgets or num_samples < 2 or batch_size < 1:
             raise ValueError(
@@ -80,12 +103,13 @@ class FIDFlops(Callback):
             )
         if every_n_validations is not None and every_n_validations < 1:
             raise ValueError(f"every_n_validations is at least 1, or null, got {every_n_validations}")
-        if not isinstance(features, FeatureExtractor):
-            raise ValueError(f"{type(features).__name__} is no feature extractor: it needs a name and a fingerprint")
-        self.features: FeatureExtractor = features
-        self.reference = reference
+        self.features = _extractor(features)
+        self.frame_features = None if frame_features is None else _extractor(frame_features)
+        self.reference, self.frame_reference = reference, frame_reference or reference
+        if frame_features is not None and self.frame_reference not in _SPLITS and frame_reference is None:
+            raise ValueError("frame_features have statistics of their own: give frame_reference beside reference")
         self.reference_samples = reference_samples
-        self.budgets = tuple(budgets)
+        self.budgets, self.schedules = tuple(budgets), tuple(schedules)
         self.every_n_validations = every_n_validations
         self.num_sampling_steps, self.weak_patch_size = num_sampling_steps, weak_patch_size
         self.sampling_arguments: dict[str, Any] = {
@@ -98,7 +122,7 @@ class FIDFlops(Callback):
         }
         self.prompts = prompts
         self._conditions: ClassLabels | Prompts | None = None
-        self._loaded_reference: Reference | None = None
+        self._references: dict[str, Reference] = {}
         self._num_validations = 0
         self._measured_at = -1
 
@@ -130,25 +154,31 @@ class FIDFlops(Callback):
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> list[CurvePoint]:
         """Sample, compare, write figure and csv. Every rank must call it; all get the same points."""
         model = model_of(pl_module)
-        if isinstance(self.features, nn.Module):
-            self.features.to(pl_module.device)
+        for features in (self.features, self.frame_features):
+            if isinstance(features, nn.Module):
+                features.to(pl_module.device)
         settings = SamplingSettings(**self.sampling_arguments, autocast=autocast_dtype(trainer))
         with sampling(trainer, pl_module):
             evaluation = Evaluation(
                 model=model,
                 codec=codec_of(pl_module),
                 features=self.features,
-                reference=self._reference(trainer, pl_module),
+                reference=self._reference(trainer, pl_module, self.features, self.reference),
                 settings=settings,
                 full_steps=self.num_sampling_steps,
                 model_name=weights_name(trainer),
                 conditions=self._asked(trainer, model),
+                judges=[ClipMotion()] if len(model.input_size) == 3 else [],
+                frame_features=self.frame_features,
+                frame_reference=self._frame_reference(trainer, pl_module),
             )
-            schedules = candidates(model, self.budgets, self.num_sampling_steps, weak=self.weak_patch_size)
-            points = list(evaluation.curve(schedules))
+            points = list(evaluation.curve(self._schedules(model)))
         self._measured_at = trainer.global_step
         self._write(trainer, points)
         return points
+
+    def _schedules(self, model: Any) -> list[Candidate]:
+        return schedules_of(model, self.budgets, self.num_sampling_steps, self.weak_patch_size, self.schedules)
 
     def _asked(self, trainer: Trainer, model: nn.Module) -> ClassLabels | Prompts:
         if self._conditions is None:
@@ -166,30 +196,47 @@ class FIDFlops(Callback):
             for board in tensorboards(trainer):
                 board.add_figure("val/fid_flops", curve_figure(points, points[0].model), trainer.global_step)
 
-    def _reference(self, trainer: Trainer, pl_module: LightningModule) -> Reference:
-        if self._loaded_reference is None:
-            if self.reference in ("train", "val"):
-                self._loaded_reference = self._reference_of_data(trainer, pl_module)
-            else:
-                self._loaded_reference = Reference.load(self.reference)
-        return self._loaded_reference
+    def _frame_reference(self, trainer: Trainer, pl_module: LightningModule) -> Reference | None:
+        if self.frame_features is None:
+            return None
+        return self._reference(trainer, pl_module, self.frame_features, self.frame_reference)
 
-    def _reference_of_data(self, trainer: Trainer, pl_module: LightningModule) -> Reference:
-        """Statistics of the run's own images, from a fresh loader: the one in use keeps its place."""
+    def _reference(
+        self, trainer: Trainer, pl_module: LightningModule, features: FeatureExtractor, source: str
+    ) -> Reference:
+        """Read, or computed from the run's data, once."""
+        if features.fingerprint not in self._references:
+            self._references[features.fingerprint] = (
+                self._reference_of_data(trainer, pl_module, features, source)
+                if source in _SPLITS
+                else Reference.load(source)
+            )
+        return self._references[features.fingerprint]
+
+    def _reference_of_data(
+        self, trainer: Trainer, pl_module: LightningModule, features: FeatureExtractor, split: str
+    ) -> Reference:
+        """Statistics of the run's own data, from a fresh loader: the one in use keeps its place."""
         datamodule = getattr(trainer, "datamodule", None)
         if datamodule is None:
-            raise ValueError(f"reference={self.reference!r} needs a datamodule; give the path of an .npz instead")
-        loader = datamodule.train_dataloader() if self.reference == "train" else datamodule.val_dataloader()
-        description = f"{type(datamodule).__name__} {self.reference}"
+            raise ValueError(f"reference={split!r} needs a datamodule; give the path of an .npz instead")
+        loader = datamodule.train_dataloader() if split == "train" else datamodule.val_dataloader()
+        description = f"{type(datamodule).__name__} {split}"
         batches = _model_inputs(loader, datamodule, pl_module.device)
-        return reference_of(batches, codec_of(pl_module), self.features, description, self.reference_samples)
+        return reference_of(batches, codec_of(pl_module), features, description, self.reference_samples)
+
+
+def _extractor(features: nn.Module) -> FeatureExtractor:
+    if not isinstance(features, FeatureExtractor):
+        raise ValueError(f"{type(features).__name__} is no feature extractor: it needs a name and a fingerprint")
+    return features
 
 
 def _model_inputs(loader: Any, datamodule: Any, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Batches as the model sees them: raw images are encoded as in training, their captions are not."""
+    """Batches as the model sees them: raw images and clips are encoded as in training, their captions are not."""
     for batch in loader:
-        if "index" in batch and hasattr(datamodule, "encode_images"):
-            batch = {"x": datamodule.encode_images({**batch, "x": batch["x"].to(device)})}
+        if "index" in batch and hasattr(datamodule, "encode_samples"):
+            batch = {"x": datamodule.encode_samples({**batch, "x": batch["x"].to(device)})}
         yield batch
 
 
@@ -202,5 +249,17 @@ def weights_name(trainer: Trainer) -> str:
 
 def scalars(points: Sequence[CurvePoint]) -> dict[str, float]:
     """Logged values, the budget after the @: ``{"val/fid@0.46": 2.7, "flops/relative@0.46": 0.456}``."""
-    distances = {f"val/fid@{point.budget:g}": point.frechet for point in points}
-    return distances | {f"flops/relative@{point.budget:g}": point.relative_flops for point in points}
+    result: dict[str, float] = {}
+    for point in points:
+        measured = {name: getattr(point, field) for name, field in _LOGGED.items()}
+        mark = _unused_mark(point, result)
+        result |= {f"{name}{mark}": value for name, value in measured.items() if value is not None}
+    return result
+
+
+def _unused_mark(point: CurvePoint, taken: Mapping[str, float]) -> str:
+    """``"@0.46"``, ``"_2x2x2@0.46"``; mixtures that cost the same are numbered: ``"_mixture2@0.46"``."""
+    mode = mode_of(point.series, point.budget)
+    names = (f"{mode and '_' + mode}{number}@{point.budget:g}" for number in ("", *range(2, 1000)))
+    is_shared = point.series != MIXTURE  # several lines may have the full budget, and mean the same
+    return next(name for name in names if is_shared or f"val/fid{name}" not in taken)

@@ -1,4 +1,4 @@
-"""Samples as training sees them: the same noise every time, one row per budget."""
+"""Samples as training sees them: the same noise every time, one row per schedule."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
+from callbacks.sample_pictures import SampleRow, write_samples
+from callbacks.schedules import mode_of, schedules_of
 from flexidit.metrics.curve import SamplingSettings, cost_per_image, full_cost_per_image, make_sampler
-from flexidit.metrics.curve_candidates import candidates
+from flexidit.metrics.curve_candidates import MIXTURE, Candidate
 from flexidit.metrics.curve_samples import solver_name
 from flexidit.metrics.prompts import ClassLabels, Prompts
-from flexidit.pictures import GridRow, draw_grid
 
 _TITLE_LENGTH = 80  # characters of a caption above its column
 
 
 class SampleGrid(Callback):
     """Writes ``samples/step_00001000.png`` into the run's folder, and the same picture to TensorBoard.
+
+    Of clips the picture is a contact sheet, and there is a ``.gif`` beside it, in which all clips move; TensorBoard has
+    it as the image ``clips``.
 
     Samples are drawn with the EMA weights (put ``EMA`` before this callback), from noise that depends on ``seed``
     alone: from row to row only the budget changes, from picture to picture only the weights. Every rank samples, as a
@@ -44,8 +47,10 @@ class SampleGrid(Callback):
         num_sampling_steps: Denoising steps of every row.
         cfg_scale: Guidance; 1: none.
         guidance_channels: Guide only the first so many latent channels; null: all.
-        weak_patch_size: Patch size of the cheap steps; null: the largest of the model.
+        weak_patch_size: Patch size of the cheap steps, or a list of them; null: the largest of the model.
         seed: Of the noise.
+        schedules: Rows beside the budgets, such as ``1x4x4:12,2x2x2:6,1x2x2:6``.
+        fps: Frames per second of clips.
     """
 
     def __init__(
@@ -60,15 +65,17 @@ class SampleGrid(Callback):
         num_sampling_steps: int = 50,
         cfg_scale: float = 1.5,
         guidance_channels: int | None = None,
-        weak_patch_size: int | str | None = None,
+        weak_patch_size: int | str | Sequence[int | str] | None = None,
         seed: int = 0,
         prompts: Sequence[str] | None = None,
+        schedules: Sequence[str] = (),
+        fps: float = 8.0,
     ) -> None:
         if not budgets:
             raise ValueError("a grid has one row per budget: give at least one, such as 1.0")
         if any(n is not None and n < 1 for n in (every_n_steps, every_n_epochs)):
             raise ValueError(f"intervals are at least 1, got every_n_steps={every_n_steps}, {every_n_epochs=}")
-        self.budgets = tuple(budgets)
+        self.budgets, self.schedules, self.fps = tuple(budgets), tuple(schedules), fps
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.classes, self.prompts = classes, prompts
         self.num_columns, self.num_per_class = num_columns, num_per_class
@@ -106,28 +113,32 @@ class SampleGrid(Callback):
             solver = solver_name(model_of(pl_module), self.settings)
             how = f"{solver}, {self.num_sampling_steps} steps, guidance {self.settings.cfg_scale:g}"
             title = f"step {step}: {how}, seed {self.settings.seed}"
-            picture = draw_grid(rows, title, self._column_names())
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"step_{step:08d}.png")
-            for board in tensorboards(trainer):
-                board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            write_samples(rows, self._column_names(), title, step, folder, tensorboards(trainer), self.fps)
 
-    def sample_rows(self, trainer: Trainer, pl_module: LightningModule) -> list[GridRow]:
-        """One row of samples per budget. Every rank must call it."""
+    def sample_rows(self, trainer: Trainer, pl_module: LightningModule) -> list[SampleRow]:
+        """One row of samples per schedule. Every rank must call it."""
         model, settings = model_of(pl_module), replace(self.settings, autocast=autocast_dtype(trainer))
         full_cost = full_cost_per_image(model, self.num_sampling_steps, settings)
         columns, conditions = self._columns(trainer, model)
         y = conditions.told(columns)
         rows = []
         with sampling(trainer, pl_module):
-            for candidate in candidates(model, self.budgets, self.num_sampling_steps, weak=self.weak_patch_size):
+            for candidate in self._candidates(model):
                 sampler = make_sampler(model, candidate.schedule, settings)
                 noise = torch.Generator().manual_seed(settings.seed)
                 latents = sampler(y, negative=conditions.negative, generator=noise)
                 cost = cost_per_image(model, candidate.schedule, settings) / full_cost
                 pixels = codec_of(pl_module).decode(latents).cpu()
-                rows.append(GridRow(pixels, f"budget {candidate.budget:g}", f"{cost:.1%} of the FLOPs"))
+                rows.append(SampleRow(pixels, _label(candidate), f"{cost:.1%} of the FLOPs"))
         return rows
+
+    def _candidates(self, model: Any) -> list[Candidate]:
+        """Each schedule once, though several patch sizes share the full budget."""
+        args = (self.budgets, self.num_sampling_steps, self.weak_patch_size, self.schedules)
+        found = schedules_of(model, *args)
+        if len({candidate.series for candidate in found}) == 1:
+            return found
+        return list({str(candidate.schedule): candidate for candidate in reversed(found)}.values())[::-1]
 
     def _columns(self, trainer: Trainer, model: Any) -> tuple[torch.Tensor, ClassLabels | Prompts]:
         """Which of the conditions stand in the columns, (K,), and those conditions, the same at every call."""
@@ -156,3 +167,10 @@ class SampleGrid(Callback):
             count = min(self.num_columns, num_classes)
             classes = [index * num_classes // count for index in range(count)]
         return [label for label in classes for _ in range(self.num_per_class)]
+
+
+def _label(candidate: Candidate) -> str:
+    mode = mode_of(candidate.series, candidate.budget)
+    if mode == MIXTURE:
+        return str(candidate.schedule)
+    return f"budget {candidate.budget:g}{mode and ', ' + mode}"

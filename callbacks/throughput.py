@@ -1,4 +1,4 @@
-"""How fast training runs: images per second, TFLOP/s and the share of the device's peak, without per-step syncs."""
+"""How fast training runs: samples per second, TFLOP/s and the share of the device's peak, without per-step syncs."""
 
 from time import perf_counter
 from typing import Any
@@ -51,9 +51,11 @@ def peak_bf16_flops(device_name: str) -> float | None:
 class Throughput(Callback):
     """Logs ``throughput/images_per_s`` (all devices), ``throughput/tflops_per_s`` (one device), ``throughput/mfu``.
 
+    Of clips it is ``throughput/clips_per_s``.
+
     Steps alternate between patch sizes of very unequal cost, so FLOPs are summed step by step from
     ``pl_module.step_flops``: a plain int, the forward and backward FLOPs of one sample in the step that just ran, a
-    teacher's forward included (2 per multiply-add). A module without it gets images per second only. MFU divides by
+    teacher's forward included (2 per multiply-add). A module without it gets samples per second only. MFU divides by
     the dense bfloat16 peak, whatever the precision of the run.
 
     The device is synchronised once per window, never per step (Lightning's ``ThroughputMonitor`` does so at every
@@ -75,7 +77,7 @@ class Throughput(Callback):
         self.last: dict[str, float] = {}
         self._started: float | None = None
         self._elapsed = 0.0
-        self._images = 0
+        self._samples, self._sample = 0, "image"
         self._flops = 0
         self._window_step = 0
 
@@ -88,9 +90,10 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        num_images = batch_size(batch)
-        self._images += num_images
-        self._flops += num_images * (getattr(pl_module, "step_flops", None) or 0)
+        num_samples = batch_size(batch)
+        self._samples += num_samples
+        self._sample = "clip" if samples_of(batch).ndim == 5 else "image"
+        self._flops += num_samples * (getattr(pl_module, "step_flops", None) or 0)
         if trainer.global_step - self._window_step < self.every_n_steps:
             return
         self._stop(pl_module)
@@ -109,7 +112,7 @@ class Throughput(Callback):
             self._start(pl_module)
 
     def _metrics(self, world_size: int) -> dict[str, float]:
-        metrics = {"throughput/images_per_s": self._images * world_size / self._elapsed}
+        metrics = {f"throughput/{self._sample}s_per_s": self._samples * world_size / self._elapsed}
         if self._flops:
             flops_per_s = self._flops / self._elapsed
             metrics["throughput/tflops_per_s"] = flops_per_s / 1e12
@@ -118,7 +121,7 @@ class Throughput(Callback):
         return metrics
 
     def _reset(self, pl_module: LightningModule) -> None:
-        self._elapsed, self._images, self._flops = 0.0, 0, 0
+        self._elapsed, self._samples, self._flops = 0.0, 0, 0
         self._start(pl_module)
 
     def _start(self, pl_module: LightningModule) -> None:
@@ -133,12 +136,15 @@ class Throughput(Callback):
 
 
 def batch_size(batch: Any) -> int:
-    """Number of samples in a batch: ``batch["x"]``, or the first element of a tuple, or the tensor itself."""
+    """Number of samples in a batch."""
+    return int(samples_of(batch).shape[0])
+
+
+def samples_of(batch: Any) -> torch.Tensor:
+    """The samples of a batch: ``batch["x"]``, or the first element of a tuple, or the tensor itself."""
     if isinstance(batch, dict):
-        batch = batch["x"]
-    elif isinstance(batch, (tuple, list)):
-        batch = batch[0]
-    return int(batch.shape[0])
+        return batch["x"]
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _synchronize(device: torch.device) -> None:

@@ -6,6 +6,7 @@ as done, and a checkpoint at the end of an epoch does not restore the loader. An
 runs unless they are ``DistributedSampler``s, so ours is one, and ``use_distributed_sampler`` has no effect on it.
 """
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -127,6 +128,8 @@ class ResumableLoader(StatefulDataLoader[Any]):
         return self._pass()
 
     def _pass(self) -> Iterator[Any]:
+        if self.num_workers:
+            gc.collect()  # left to a forked worker, a video encoder in a cycle waits for ever for threads it lost
         if not self.cursor.shuffle:
             yield from super().__iter__()
             return

@@ -30,7 +30,7 @@ def encode_clip(pixels: Tensor, clip_format: str, fps: float) -> bytes:
     """
     if clip_format not in CLIP_FORMATS:
         raise ValueError(f"clips are written as {' or '.join(CLIP_FORMATS)}, not as {clip_format!r}")
-    if pixels.ndim != 4 or pixels.shape[0] not in (1, 3):
+    if pixels.ndim != 4 or pixels.shape[0] not in (1, 3) or not pixels.numel():
         raise ValueError(f"a clip has shape (1 or 3, F, H, W), got {tuple(pixels.shape)}")
     frames = [to_image(frame) for frame in pixels.unbind(1)]
     return encode_mp4(frames, fps) if clip_format == "mp4" else encode_gif(frames, fps)
@@ -46,7 +46,7 @@ def encode_mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": _QUALITY}
+        stream.options = {"crf": _QUALITY, "x264-params": "mbtree=0"}  # with it, small clips differ from run to run
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_image(_padded(frame, (width, height)))))
         file.mux(stream.encode(None))

@@ -205,7 +205,7 @@ def _crop(frame: VideoFrame, size: tuple[int, int], pixel_aspect: Fraction) -> n
 
 def _upright(frame: VideoFrame) -> tuple[bool, np.ndarray]:
     """Whether the picture lies on its side as it is stored, and the picture upright: (H, W, 3) uint8."""
-    array = frame.to_ndarray(format="rgb24")
+    array = frame.to_ndarray(format="rgb24", threads=1)
     (a, b), (c, d) = display_matrix(frame)
     if abs(a) >= abs(b):
         return False, np.ascontiguousarray(array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])

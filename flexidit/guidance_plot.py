@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexidit.metrics.curve_points import CurvePoint
 from flexidit.plot_parts import (
+    ALIGNMENTS,
     FAINT,
     FRECHET,
     INK,
@@ -49,7 +50,7 @@ def guidance_figure(points: Iterable[CurvePoint], title: str = "") -> Figure:
     lines = group_by(points, lambda point: (point.series, point.budget, point.schedule))
     budgets = sorted({budget for _, budget, _ in lines}, reverse=True)
     colours = {budget: _COLOURS[i % len(_COLOURS)] for i, budget in enumerate(budgets)}
-    measures = measured(points) or [_GUIDANCE]
+    measures = measured(points, ALIGNMENTS) or [_GUIDANCE]
     caption = caption_of(points, seeds=" (means)", scales="" if _GUIDANCE in measures else ", written at the spots")
     figure, panels = new_figure(title or "What guidance trades, at several budgets", caption, len(measures), key=True)
     dashes = _dashes_of([series for series, _, _ in lines])

@@ -6,6 +6,7 @@ Shape legend: N samples of a chunk, C channels, F frames, H W height and width, 
 and width.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -317,6 +318,8 @@ def _read(job: _Job, positions: Sequence[int]) -> Iterator[list]:
             batches.append([])
         batches[-1].append(item)
     samples = _Samples(job.source, positions, job.settings.reader)
+    if job.settings.num_workers:
+        gc.collect()  # left to a forked worker, a video encoder in a cycle waits for ever for threads it lost
     return iter(DataLoader(samples, batch_sampler=batches, num_workers=job.settings.num_workers, collate_fn=list))
 
 

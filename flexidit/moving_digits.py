@@ -134,7 +134,9 @@ class MovingDigits:
         places: Array = positions(motions, self.clip).astype(np.float32)
         down, right = (_placement(places[:, :, axis], self.clip) for axis in range(2))  # (N, F, S, D)
         ink = down @ self._ink[list(samples), None] @ right.swapaxes(2, 3)  # (N, F, S, S)
-        return torch.from_numpy((2 * ink - 1)[:, None])
+        ink *= 2
+        ink -= 1
+        return torch.from_numpy(ink[:, None])
 
     def clips(self, seed: int, draws: Sequence[Draw]) -> tuple[Tensor, Motions]:
         """Clips (N, 1, F, S, S) of these samples in these epochs, and how they move."""

@@ -37,9 +37,14 @@ class Measure(NamedTuple):
 
 
 FRECHET = Measure("frechet", "Fr\u00e9chet distance (lower is better)")
-_ALIGNMENTS = (
+ALIGNMENTS = (
     Measure("agreement", "caption agreement (higher is better)", is_share=True, least_span=0.1),
     Measure("clip_score", "CLIP score (higher is better)", least_span=2.0),
+)
+_OF_CLIPS = (
+    Measure("frechet_frames", "Fr\u00e9chet distance of frames (lower is better)"),
+    Measure("flicker", "temporal flicker (1 is none)", least_span=0.02),
+    Measure("smoothness", "motion smoothness (1 is smoothest)", least_span=0.02),
 )
 
 
@@ -133,10 +138,10 @@ def _is_free(x: float, y: float, labels: Iterable[tuple[float, float]], spots: I
     return not over_label and all(abs(x - other) > 10 or abs(y - height) > 6 for other, height in spots)
 
 
-def measured(points: Iterable[CurvePoint]) -> list[Measure]:
-    """The measures beside the Frechet distance that all points have."""
+def measured(points: Iterable[CurvePoint], among: Sequence[Measure] = (*ALIGNMENTS, *_OF_CLIPS)) -> list[Measure]:
+    """The measures, beside the Frechet distance, that all points have."""
     points = list(points)
-    return [m for m in _ALIGNMENTS if all(getattr(point, m.field) is not None for point in points)]
+    return [measure for measure in among if all(getattr(point, measure.field) is not None for point in points)]
 
 
 def group_by(points: Iterable[CurvePoint], key: Callable[[CurvePoint], Key]) -> dict[Key, list[CurvePoint]]:

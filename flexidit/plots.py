@@ -145,8 +145,10 @@ def _label_axes(axes: Any, points: Sequence[CurvePoint], measure: Measure, again
         axes.set_xlabel("FLOPs of sampling, relative to the powerful patch size at every step", color=FAINT)
         axes.xaxis.set_major_formatter(percent)
     set_measure(axes.yaxis, measure)
-    if measure is FRECHET:
-        axes.set_ylim(0, 1.08 * max(point.frechet for point in points) or 1.0)
+    if measure.field.startswith("frechet"):
+        axes.set_ylim(0, 1.08 * max(getattr(point, measure.field) for point in points) or 1.0)
+        if axes.get_ylim()[1] >= 10_000:  # the margin has room for four digits
+            axes.yaxis.set_major_formatter(lambda value, position: f"{value / 1000:g}k")
     else:
         _widen(axes, measure.least_span)
 
@@ -161,11 +163,11 @@ def _widen(axes: Any, least_span: float) -> None:
 def _draw_series(axes: Any, name: str, spots: Sequence[Spot], colour: str) -> _End:
     """Line, points and range over seeds; returns where its label goes, the end of least cost."""
     x, y, low, high, _ = zip(*spots, strict=True)
-    front = 4 if name == "weak first" else 3
+    front = 4 if name.startswith("weak first") else 3
     style: dict[str, Any] = {"linewidth": 2.4 if front == 4 else 1.6, "marker": "o", "markersize": 5}
     if name == MIXTURE:
         axes.vlines(x, low, high, color=colour, alpha=0.4, linewidth=3)
-        style |= {"linestyle": "none", "marker": "D", "markersize": 6}
+        front, style = 5, style | {"linestyle": "none", "marker": "D", "markersize": 6}
     else:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot(x, y, color=colour, zorder=front, **style)

@@ -166,6 +166,7 @@ def write_clip() -> Callable[..., Path]:
         with av.open(str(path), "w") as container:
             stream = container.add_stream("mpeg4", rate=8)
             stream.width, stream.height, stream.pix_fmt = 40, 32, "yuv420p"
+            stream.codec_context.thread_count = 1
             if audio:
                 _write_silence(container)
             for number, time in enumerate(times or range(num_frames)):

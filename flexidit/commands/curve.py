@@ -59,8 +59,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-channels", type=int, metavar="N", help="guide the first N (official DiT: 3)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--reference", required=True, help=".npz of statistics (mu, sigma), a folder of images, or 'digits'"
+        "--reference", required=True, help=".npz of statistics (mu, sigma), a folder of images or clips, or 'digits'"
     )
+    parser.add_argument("--reference-fps", type=float, metavar="X", help="of clips in a folder (default: all frames)")
     parser.add_argument(
         "--features", metavar="NAME", help=f"{', '.join(FEATURES)} (default: inception; digits: digits)"
     )
@@ -115,10 +116,8 @@ def _plan(args: argparse.Namespace) -> Plan:
     codec = need_codec(pick_codec(loaded.model, args.vae, loaded.device), loaded.model)
     warn_of_other_codec(loaded, codec)
     shape = sample_shape_of(loaded.model, codec)
-    evaluator = make_evaluator(
-        args.features, args.feature_weights, args.reference, shape, loaded.device, args.num_samples
-    )
-    judges = [] if texts is None else judges_of(args, evaluator, texts)
+    evaluator = _evaluator(args, shape, loaded)
+    judges = judges_of(args, evaluator, texts, is_video=len(shape) == 4)
     asked = None if texts is None else embed(args, loaded, texts)
     evaluation = Evaluation(
         model=loaded.model,
@@ -131,10 +130,23 @@ def _plan(args: argparse.Namespace) -> Plan:
         model_name=loaded.name,
         conditions=None if asked is None else asked.prompts,
         judges=judges,
+        frame_features=evaluator.frame_features,
+        frame_reference=evaluator.frame_reference,
     )
     record = _record(args, loaded, codec, evaluation, asked)
     notes = unreached_notes(args, loaded) + ([] if asked is None else _notes(evaluation, asked))
     return Plan(tasks, evaluation, {"settings": record, "floor": evaluator.floor, "notes": notes}, loaded, evaluator)
+
+
+def _evaluator(args: argparse.Namespace, shape: tuple[int, ...], loaded: LoadedModel) -> Evaluator:
+    known = (args.features, args.feature_weights, args.reference, shape, loaded.device, args.num_samples)
+    if len(shape) == 4:
+        from flexidit.commands.clip_evaluator import make_clip_evaluator
+
+        return make_clip_evaluator(*known, fps=args.reference_fps)
+    if args.reference_fps is not None:
+        raise ValueError("--reference-fps is for models of clips, and this one makes images; leave it out")
+    return make_evaluator(*known)
 
 
 def _sampling_settings(args: argparse.Namespace, loaded: LoadedModel) -> SamplingSettings:
@@ -158,6 +170,7 @@ def _record(
     args: argparse.Namespace, loaded: LoadedModel, codec: Codec, evaluation: Evaluation, asked: Asked | None
 ) -> dict[str, Any]:
     """What all points of one curve share; a run continues only where all of it is the same."""
+    is_video, frames = len(loaded.model.input_size) == 3, evaluation.frame_reference
     return {
         "model": loaded.name,
         "num_samples": args.num_samples,
@@ -168,6 +181,7 @@ def _record(
         "reference": evaluation.reference.description,
         "evaluator": evaluation.features.name,
         "fingerprint": evaluation.features.fingerprint,
+        **({"frame_reference": frames and frames.description} if is_video else {}),
         "codec": codec.fingerprint,
         "device": loaded.device_name,
         "precision": loaded.precision,
@@ -176,7 +190,7 @@ def _record(
         "compiled": loaded.is_compiled,
         "prompts": None if asked is None else asked.prompts.description,
         "text_encoder": None if asked is None else asked.encoder,
-        "judges": None if asked is None else [judge.description for judge in evaluation.judges],
+        "judges": [judge.description for judge in evaluation.judges] if asked is not None or is_video else None,
     }
 
 
@@ -267,16 +281,16 @@ def _cost(evaluation: Evaluation, task: Task) -> float:
 
 
 class CountedFeatures:
-    """A feature extractor that reports how many images have passed: the progress inside a point of hours."""
+    """A feature extractor that reports how many samples have passed: the progress inside a point of hours."""
 
-    def __init__(self, features: FeatureExtractor, on_images: Callable[[int], None]) -> None:
-        self.features, self.on_images = features, on_images
+    def __init__(self, features: FeatureExtractor, on_samples: Callable[[int], None]) -> None:
+        self.features, self.on_samples = features, on_samples
         self.name, self.fingerprint = features.name, features.fingerprint
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, D)."""
+        """(N, ...) -> (N, D)."""
         result = self.features(pixels)
-        self.on_images(len(pixels))
+        self.on_samples(len(pixels))
         return result
 
 
@@ -297,8 +311,8 @@ def _describe(plan: Plan, points: Sequence[CurvePoint]) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.append(f"{evaluator.features.name}; reference: {evaluator.reference.description}")
     if evaluator.floor is not None:
-        lines.append(f"real images against the reference: {evaluator.floor:.3f}")
+        lines.append(f"real {points[0].sample}s against the reference: {evaluator.floor:.3f}")
     if evaluator.skips:
-        lines.append(evaluator.skips.summary("reference image"))
+        lines.append(evaluator.skips.summary(f"reference {points[0].sample}"))
     asked = [part for part in (points[0].conditions, points[0].judges) if part]
     return "\n".join([*lines, *(["; ".join(asked)] if asked else []), *plan.header["notes"]])

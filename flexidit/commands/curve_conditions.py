@@ -70,9 +70,7 @@ def read_texts(args: argparse.Namespace, model: Any) -> list[str] | None:
             raise ValueError(f"this model is told classes, not captions; leave --{given[0].replace('_', '-')} out")
         return None
     if args.prompt_file == _DIGITS:
-        from flexidit.metrics.digit_attributes import prompts
-
-        return prompts(args.num_samples)
+        return _digit_prompts(model, args.num_samples)
     if args.prompt_file is not None:
         return read_prompts(args.prompt_file)[: args.num_samples]
     if args.captions is not None:
@@ -80,6 +78,16 @@ def read_texts(args: argparse.Namespace, model: Any) -> list[str] | None:
     raise ValueError(
         "this model is told captions; give --prompt-file FILE, --prompt-file digits, or --captions COCO.json"
     )
+
+
+def _digit_prompts(model: Any, count: int) -> list[str]:
+    if len(model.input_size) == 3:
+        from flexidit.metrics.moving_digits import moving_prompts
+
+        return moving_prompts(count)
+    from flexidit.metrics.digit_attributes import prompts
+
+    return prompts(count)
 
 
 def embed(args: argparse.Namespace, loaded: LoadedModel, texts: Sequence[str]) -> Asked:
@@ -108,28 +116,45 @@ def _name(args: argparse.Namespace) -> str:
     return Path(args.prompt_file or args.captions).name
 
 
-def judges_of(args: argparse.Namespace, evaluator: Evaluator, texts: Sequence[str]) -> list[Judge]:
-    """Digits are measured against their captions; a CLIP, where it is given, compares anything.
+def judges_of(
+    args: argparse.Namespace, evaluator: Evaluator, texts: Sequence[str] | None, is_video: bool = False
+) -> list[Judge]:
+    """Digits are measured against their captions; a CLIP, where it is given, compares anything; clips are seen to move.
+
+    Args:
+        args: of the command.
+        evaluator: knows the digits, where samples are digits.
+        texts: the prompts; None: samples are asked for by class.
+        is_video: whether samples are clips.
 
     Raises:
         FileNotFoundError, ValueError: prompts that are no digit captions, or a CLIP that cannot be had.
     """
-    from flexidit.metrics.judges import DigitAgreement
+    from flexidit.metrics.judges import ClipMotion, EachFrame
 
-    judges: list[Judge] = []
-    if evaluator.classifier is not None:  # of the digits: no other classifier is known
-        _check_digit_captions(texts)
-        judges.append(DigitAgreement(evaluator.classifier))
+    judges: list[Judge] = [ClipMotion()] if is_video else []
+    if texts is None:
+        return judges
+    agreement = _agreement(evaluator, texts)
+    if agreement is not None:
+        judges.insert(0, agreement)
     if args.clip is not None:
         from flexidit.metrics.clip import CLIPScore
 
-        judges.append(CLIPScore(args.clip))
+        score = CLIPScore(args.clip)
+        judges.append(EachFrame(score) if is_video else score)
     return judges
 
 
-def _check_digit_captions(texts: Sequence[str]) -> None:
-    """Refuse before hours of sampling what agreement could not be measured on, not after."""
+def _agreement(evaluator: Evaluator, texts: Sequence[str]) -> Judge | None:
+    """Who knows the digits; refuses before hours of sampling what agreement could not be measured on, not after."""
     from flexidit.digit_captions import parse_caption
+    from flexidit.metrics.judges import DigitAgreement
+    from flexidit.moving_captions import parse_moving_caption
 
+    moves = evaluator.agreement is not None
+    if not moves and evaluator.classifier is None:  # no other classifier is known
+        return None
     for text in set(texts):
-        parse_caption(text)
+        (parse_moving_caption if moves else parse_caption)(text)
+    return evaluator.agreement if evaluator.classifier is None else DigitAgreement(evaluator.classifier)

@@ -134,7 +134,7 @@ def _parts(header: Mapping[str, Any], points: Sequence[CurvePoint], pictures: Se
     yield from (report.picture(content, "quality against compute") for content in pictures)
     yield report.table(table_headings(points), table_rows(points))
     if header["floor"] is not None:
-        yield report.paragraph(f"Real images against the reference: {header['floor']:.3f}.")
+        yield report.paragraph(f"Real {points[0].sample}s against the reference: {header['floor']:.3f}.")
     yield from map(report.paragraph, header.get("notes", ()))
     yield report.heading("Settings")
     yield report.table(("name", "value"), ((name, json.dumps(value)) for name, value in header["settings"].items()))

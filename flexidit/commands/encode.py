@@ -124,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args, reader, device)
     encode = _with_labels(args) if args.captions is None else _with_captions(args, reader, device)
     codec = _codec(args, settings, device)
-    _ = codec.fingerprint  # a VAE that cannot be read is refused before the bar appears
+    reader.latent_size(codec)  # what does not fit the VAE, and a VAE that cannot be read,
+    _ = codec.fingerprint  # are refused before the bar appears
     with _progress(enabled=not args.json) as on_progress:
         result = encode(codec, args.out, settings, on_progress)
     _write_skips(result, args.out)

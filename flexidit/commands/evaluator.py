@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexidit.images import IMAGE_SUFFIXES, BrokenImageError, read_pixels
-from flexidit.latents import LatentCodec, PixelCodec
+from flexidit.latents import LatentCodec, PixelCodec, pixel_size
 from flexidit.metrics.curve import Reference, reference_of
 from flexidit.metrics.digit_classifier import DigitClassifier, train_digit_classifier
 from flexidit.metrics.features import (
@@ -26,11 +26,13 @@ from flexidit.metrics.features import (
     SqueezeNetFeatures,
 )
 from flexidit.metrics.frechet import FeatureStatistics
+from flexidit.metrics.judges import Judge
 from flexidit.skips import SkipReport
 
-FEATURES = ("inception", "squeezenet", "resnet56", "digits")
+DIGITS = "digits"
+FEATURES = ("inception", "squeezenet", "resnet56", DIGITS)
 
-_BATCH = 64
+BATCH = 64
 _FLOOR_SAMPLES = 500
 
 
@@ -45,14 +47,20 @@ class Evaluator:
     floor: float | None = None
     """Frechet distance of real images to the reference; None where it is not known."""
     skips: SkipReport | None = None
-    """Reference images that could not be read."""
+    """Reference images or clips that could not be read."""
+    frame_features: FeatureExtractor | None = None
+    """Of clips: those of their frames."""
+    frame_reference: Reference | None = None
+    """In these features; None where it is not known."""
+    agreement: Judge | None = None
+    """Of clips: who measures whether they show what their captions say."""
 
 
 def make_evaluator(
     features: str | None,
     weights: Path | None,
     reference: str,
-    sample_shape: tuple[int, int, int],
+    sample_shape: tuple[int, ...],
     device: torch.device,
     num_samples: int,
 ) -> Evaluator:
@@ -69,29 +77,32 @@ def make_evaluator(
     Raises:
         ValueError: an unknown name, weights that are missing, or features that do not fit the reference.
     """
-    name = features or ("digits" if reference == "digits" else "inception")
-    extractor: Any = _features(name, weights, sample_shape).to(device)
-    classifier = extractor.logits if name == "digits" else None
-    if reference == "digits":
+    name = features or (DIGITS if reference == DIGITS else "inception")
+    extractor: Any = (_digit_classifier(sample_shape) if name == DIGITS else named_features(name, weights)).to(device)
+    classifier = extractor.logits if name == DIGITS else None
+    if reference == DIGITS:
         pixels, _ = _digits(sample_shape)
         statistics = reference_of(_batches(pixels), PixelCodec(1), extractor, "scikit-learn's digits")
-        evaluator = Evaluator(extractor, statistics, classifier, _floor(pixels, extractor, statistics, num_samples))
+        evaluator = Evaluator(extractor, statistics, classifier, floor_of(pixels, extractor, statistics, num_samples))
     elif Path(reference).is_dir():
         skips = SkipReport()
         batches = _folder_batches(Path(reference), sample_shape, skips)
         statistics = reference_of(batches, PixelCodec(3), extractor, Path(reference).name)
         evaluator = Evaluator(extractor, statistics, classifier, skips=skips)
     else:
-        evaluator = Evaluator(extractor, _load_statistics(reference), classifier)
-    _check_width(evaluator, sample_shape, device)
+        evaluator = Evaluator(extractor, load_statistics(reference), classifier)
+    check_width(evaluator, sample_shape, device)
     return evaluator
 
 
-def _features(name: str, weights: Path | None, sample_shape: tuple[int, int, int]) -> torch.nn.Module:
+def named_features(name: str, weights: Path | None) -> Any:
+    """A network of that name, with its weights.
+
+    Raises:
+        ValueError: an unknown name, or weights that are missing.
+    """
     if name == "inception":
         return InceptionFeatures(weights)
-    if name == "digits":
-        return _digit_classifier(sample_shape)
     if name not in FEATURES:
         raise ValueError(f"unknown features {name!r}; give one of {', '.join(FEATURES)}")
     if weights is None:
@@ -99,12 +110,12 @@ def _features(name: str, weights: Path | None, sample_shape: tuple[int, int, int
     return SqueezeNetFeatures(weights) if name == "squeezenet" else ResNet56Features(weights)
 
 
-def _digit_classifier(sample_shape: tuple[int, int, int]) -> DigitClassifier:
+def _digit_classifier(sample_shape: tuple[int, ...]) -> DigitClassifier:
     """Trained on all real digits, a few seconds; the same every time."""
     return train_digit_classifier(*_digits(sample_shape))
 
 
-def _digits(sample_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def _digits(sample_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Real digits (1797, 1, H, W) in [-1, 1] and their labels (1797,)."""
     from flexidit.digit_images import load_digit_images
 
@@ -115,11 +126,11 @@ def _digits(sample_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _batches(pixels: Tensor) -> Iterator[dict[str, Tensor]]:
-    return ({"x": chunk} for chunk in pixels.split(_BATCH))
+    return ({"x": chunk} for chunk in pixels.split(BATCH))
 
 
-def _floor(pixels: Tensor, features: Any, reference: Reference, num_samples: int) -> float:
-    """Some of the real images against all of them: what a perfect sampler would get, by its finite number alone."""
+def floor_of(pixels: Tensor, features: Any, reference: Reference, num_samples: int) -> float:
+    """Some of the real samples against all of them: what a perfect sampler would get, by its finite number alone."""
     count = min(num_samples, _FLOOR_SAMPLES)
     chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:count]
     statistics = FeatureStatistics()
@@ -128,7 +139,7 @@ def _floor(pixels: Tensor, features: Any, reference: Reference, num_samples: int
     return statistics.gaussian().distance(reference.statistics)
 
 
-def _folder_batches(root: Path, sample_shape: tuple[int, int, int], skips: SkipReport) -> Iterator[dict[str, Tensor]]:
+def _folder_batches(root: Path, sample_shape: tuple[int, ...], skips: SkipReport) -> Iterator[dict[str, Tensor]]:
     """Centre crops of all images under a folder, (N, 3, H, W); read in threads, as decoding lets others run."""
     _, height, width = sample_shape
     if height != width:
@@ -139,8 +150,8 @@ def _folder_batches(root: Path, sample_shape: tuple[int, int, int], skips: SkipR
     if not files:
         raise FileNotFoundError(f"no images under {root}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(files), _BATCH):
-            chunk = files[start : start + _BATCH]
+        for start in range(0, len(files), BATCH):
+            chunk = files[start : start + BATCH]
             images = [image for image in pool.map(lambda path: _read(path, height, skips), chunk) if image is not None]
             if images:
                 yield {"x": torch.stack(images)}
@@ -154,14 +165,19 @@ def _read(path: Path, size: int, skips: SkipReport) -> Tensor | None:
         return None
 
 
-def _load_statistics(reference: str) -> Reference:
+def load_statistics(reference: str, kind: str = "images") -> Reference:
+    """Read from a file.
+
+    Raises:
+        ValueError: it is none.
+    """
     if not reference.endswith(".npz"):
-        raise ValueError(f"no reference at {reference!r}; give an .npz of statistics, a folder of images, or 'digits'")
+        raise ValueError(f"no reference at {reference!r}; give an .npz of statistics, a folder of {kind}, or 'digits'")
     return Reference.load(reference)
 
 
 @torch.no_grad()
-def _check_width(evaluator: Evaluator, sample_shape: tuple[int, int, int], device: torch.device) -> None:
+def check_width(evaluator: Evaluator, sample_shape: tuple[int, ...], device: torch.device) -> None:
     """Refuse statistics of other features before hours of sampling, not after."""
     num_features = evaluator.features(torch.zeros(1, *sample_shape, device=device)).shape[1]
     known = evaluator.reference.statistics.mean.numel()
@@ -172,8 +188,7 @@ def _check_width(evaluator: Evaluator, sample_shape: tuple[int, int, int], devic
         )
 
 
-def sample_shape_of(model: Any, codec: LatentCodec | PixelCodec) -> tuple[int, int, int]:
-    """(C, H, W) of decoded samples."""
+def sample_shape_of(model: Any, codec: LatentCodec | PixelCodec) -> tuple[int, ...]:
+    """(C, H, W) of decoded images, (C, F, H, W) of clips."""
     channels = model.in_channels if isinstance(codec, PixelCodec) else 3
-    height, width = (side * codec.downscale for side in model.input_size)
-    return channels, height, width
+    return channels, *pixel_size(codec, model.input_size)

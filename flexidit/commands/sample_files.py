@@ -217,7 +217,7 @@ class ClipFiles(SampleFiles):
         rows = [
             ClipRow(
                 clip,
-                "" if budget else names[place][0],
+                names[place][budget] if budget < 2 else "",  # a long prompt goes on beside the second budget
                 f"{costs[budget].relative_flops:.1%} FLOPs, {costs[budget].time}",
             )
             for place, clips in self._clips.items()

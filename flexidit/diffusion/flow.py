@@ -1,8 +1,8 @@
 """Rectified flow: straight lines from data to noise, and the velocity along them as what a model predicts.
 
 At noise level sigma, x_t = (1 - sigma) x_start + sigma noise (Liu et al. 2023; Esser et al. 2024), so that the velocity
-d x_t / d sigma is ``noise - x_start`` at every level. The same lines, levels and times are those of Wan 2.1 and of
-diffusers' flow-matching schedulers.
+d x_t / d sigma is ``noise - x_start`` at every level. Lines, levels and times are those of Wan 2.1 and of diffusers'
+flow-matching schedulers.
 
 Shape legend: N batch, C latent channels, ... any latent axes after them (H, W or F, H, W), S steps.
 Time runs from t = 0 (data) to noise; ``t`` is a step index, see ``flexidit.diffusion``.
@@ -41,7 +41,7 @@ class RectifiedFlow:
     """Straight lines from data to noise, at ``num_timesteps`` levels that training draws from.
 
     Step index t stands for the evenly spread level s = (t + 1) / num_timesteps, moved by :func:`shifted`: the last one
-    is pure noise, the first one almost data. Uniform indices are Wan's training distribution.
+    is pure noise, the first one almost data. Indices are drawn uniformly, as Wan's fine-tuning code draws them.
 
     Tables are float64 and outside any module, step indices are not range-checked: see :class:`StepTables`.
 

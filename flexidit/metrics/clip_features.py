@@ -86,7 +86,7 @@ class ClipFeatures(nn.Module):
 
 def cosine_matrix(num_frames: int) -> Tensor:
     """Orthonormal discrete cosine transform (DCT-II) over frames: (F, F) float64, slowest coefficient first."""
-    place = (torch.arange(num_frames, dtype=torch.float64) + 0.5) / num_frames
-    matrix = torch.cos(math.pi * torch.arange(num_frames)[:, None] * place) * math.sqrt(2 / num_frames)
+    number = torch.arange(num_frames, dtype=torch.float64)
+    matrix = torch.cos(math.pi / num_frames * torch.outer(number, number + 0.5)) * math.sqrt(2 / num_frames)
     matrix[0] /= math.sqrt(2)
     return matrix

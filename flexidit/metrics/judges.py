@@ -162,6 +162,28 @@ class ClipMotion:
         }
 
 
+class EachFrame:
+    """A judge of images for clips: of all frames alike, each compared with what its clip was asked for.
+
+    Args:
+        judge: Of images.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge, self.measures = judge, judge.measures
+        self.description = f"{judge.description}, of each frame"
+
+    def __call__(self, pixels: Tensor, wanted: Wanted) -> Mapping[str, Tally]:
+        """Each measure over the frames of (N, C, F, H, W)."""
+        num_frames = pixels.shape[2]
+        repeated: Wanted
+        if isinstance(wanted, Tensor):
+            repeated = wanted.repeat_interleave(num_frames)
+        else:
+            repeated = [text for text in wanted for _ in range(num_frames)]
+        return self.judge(pixels.transpose(1, 2).flatten(0, 1), repeated)
+
+
 def _tallies(agreement: Agreement) -> dict[str, Tally]:
     counts = agreement.counts
     confirmed, named = (sum(getattr(count, name) for count in counts.values()) for name in ("confirmed", "named"))

@@ -10,11 +10,11 @@ What was read in diffusers 0.42 and is worked around here:
 * One step with "linspace" spacing would be timestep 0: pure noise taken for data. One step starts at the noisiest.
 * Timesteps on the device make every step a synchronisation (index look-ups, ``if t > 0``). They stay on the CPU.
 * ``FlowMatchEulerDiscreteScheduler.set_timesteps(num_steps)`` shifts the lowest noise level twice and, without a shift,
-  spends its last step on a level of 1 / 1000. "euler" is given the levels that its UniPC and Wan's code step through.
+  spends its last step on a level of 1 / 1000. "euler" is given the levels of UniPC there, Wan's to a thousandth.
 * Flow solvers other than Euler tell the model times rounded down to whole numbers, as Wan's code does too; the levels
   they step through are not rounded. With a strong shift equal times stand for different levels, so that levels are what
   is checked, and steps are counted.
-* ``SASolverScheduler`` ends a flow's last step where it began, at a fifth of the noise and more: it is refused.
+* ``SASolverScheduler`` ends a flow's last step at the noise level where that began: it is refused.
 
 PixArt has DiT's linear noise schedule, 1e-4 to 0.02, and the paper samples from it as PixArt's authors do: "ddpm" with
 100 steps, "dpm++" with 20, "sa" with 25, guidance 4.5 (section 4.2, Figs. 22 to 24). "dpm++" is what diffusers'
@@ -132,7 +132,7 @@ def descending_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> lis
 
 
 def flow_levels(num_steps: int, num_train_timesteps: int = 1000) -> npt.NDArray[np.float64]:
-    """Noise levels of a flow's steps before they are shifted, evenly spread from 1, as Wan and diffusers' UniPC do.
+    """Noise levels of a flow's steps before they are shifted, evenly spread from 1, as diffusers' UniPC does.
 
     They end ``1 / num_steps`` or a little more above 0; from the last one the solver goes to data.
 

@@ -143,7 +143,7 @@ def test_a_reference_file_and_a_limit(tmp_path: Path) -> None:
     assert distances["val"] == pytest.approx(distances[str(tmp_path / "real.npz")])
     assert distances["val"] != distances["train"]
     make_trainer(tmp_path, limited := curve(reference_samples=6)).validate(Toy(), datamodule=Data(), verbose=False)
-    assert limited._loaded_reference is not None and limited._loaded_reference.statistics.count == 6
+    assert [reference.statistics.count for reference in limited._references.values()] == [6]
 
 
 class Captioned(LightningModule):
@@ -186,7 +186,7 @@ class RawData(Data):
         items = [{"x": image * 2, "y": torch.tensor(0), "index": i, "epoch": 0} for i, image in enumerate(x)]
         return DataLoader(items, batch_size=4)
 
-    def encode_images(self, batch: dict[str, Any]) -> Tensor:
+    def encode_samples(self, batch: dict[str, Any]) -> Tensor:
         return batch["x"] / 2
 
 

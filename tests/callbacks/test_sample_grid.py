@@ -81,8 +81,8 @@ def test_rows_share_their_noise_and_differ_in_cost(tmp_path: Path) -> None:
     callback, module = grid(budgets=(1.0, 1.0, 0.64), num_sampling_steps=4), Toy()
     trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
     full, again, saved = callback.sample_rows(trainer, module)
-    assert torch.equal(full.images, again.images)
-    assert not torch.equal(full.images, saved.images)
+    assert torch.equal(full.samples, again.samples)
+    assert not torch.equal(full.samples, saved.samples)
     assert (full.label, full.note) == ("budget 1", "100.0% of the FLOPs")
     assert saved.label == "budget 0.64" and 0.5 < float(saved.note.split("%")[0]) / 100 < 0.7
 
@@ -91,12 +91,12 @@ def test_samples_come_from_the_average(tmp_path: Path) -> None:
     callback, ema, module = grid(), EMA(decay=0.0), Toy()
     trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", callbacks=[ema, callback])
     ema.update(module)
-    before = callback.sample_rows(trainer, module)[0].images
+    before = callback.sample_rows(trainer, module)[0].samples
     for parameter in module.parameters():
         parameter.data.add_(0.1)
-    assert torch.equal(callback.sample_rows(trainer, module)[0].images, before)
+    assert torch.equal(callback.sample_rows(trainer, module)[0].samples, before)
     ema.update(module)
-    assert not torch.equal(callback.sample_rows(trainer, module)[0].images, before)
+    assert not torch.equal(callback.sample_rows(trainer, module)[0].samples, before)
 
 
 def test_training_does_not_notice(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def text_rows(root: Path, callback: SampleGrid, **options: Any) -> list[Tensor]:
     trainer = Trainer(default_root_dir=root, logger=False, accelerator="cpu")
     trainer.datamodule = CaptionedDigitsDataModule()  # type: ignore[attr-defined]
     torch.manual_seed(0)
-    return [row.images for row in callback.sample_rows(trainer, TextToy(**options))]
+    return [row.samples for row in callback.sample_rows(trainer, TextToy(**options))]
 
 
 def test_captions_are_drawn_the_same_each_time_and_matter(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_bad_arguments_are_refused(kwargs: dict[str, Any]) -> None:
 def test_the_picture_shows_the_samples(tmp_path: Path) -> None:
     module = fit(tmp_path, callback := grid(), steps=2)
     trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
-    image = callback.sample_rows(trainer, module)[0].images[0, 0]
+    image = callback.sample_rows(trainer, module)[0].samples[0, 0]
     levels = ((image + 1) * 127.5).round().to(torch.uint8).numpy().repeat(16, 0).repeat(16, 1)
     with Image.open(next(tmp_path.rglob("*.png"))) as file:
         picture = np.asarray(file)[:, :, 0]

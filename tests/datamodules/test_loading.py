@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import lightning as L
 import pytest
 import torch
@@ -145,6 +148,38 @@ def test_evaluation_has_everything_in_order_every_time():
     first = read(loader)
     assert [sample for batch in first for sample, _ in batch] == list(range(23))
     assert read(loader) == first
+
+
+class Ring:
+    """Garbage that only the cycle collector finds, as a closed video file is."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+class Watch(Numbers):
+    """Samples say whether something of the main process was alive when the workers began."""
+
+    def __init__(self, watched: weakref.ref) -> None:
+        super().__init__(4)
+        self.watched = watched
+
+    def __getitems__(self, draws):
+        return torch.tensor([self.watched() is not None for _ in draws])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_workers_inherit_no_garbage(training):
+    """A worker that collects a video encoder of the main process waits for ever for threads that it has not got."""
+    gc.disable()
+    try:
+        watched = weakref.ref(Ring())
+        loader = map_loader(Watch(watched), range(4), batch_size=4, training=training, trainer=None, num_workers=1)
+        assert watched() is not None
+        [batch] = loader
+    finally:
+        gc.enable()
+    assert not batch.any()
 
 
 def test_too_few_samples_are_refused():

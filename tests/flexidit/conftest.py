@@ -1,9 +1,11 @@
 """Fixtures of the package's own tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,3 +102,49 @@ def wan_pipeline(tmp_path_factory: pytest.TempPathFactory, umt5: Path) -> Path:
     folder = tmp_path_factory.mktemp("stock")
     WanPipeline(tokenizer, encoder, vae, UniPCMultistepScheduler(**flow)).save_pretrained(folder)
     return folder
+
+
+def noise_frames() -> np.ndarray:
+    """Twenty different frames of noise: (20, 32, 48, 3) uint8."""
+    return np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def write_video() -> Callable[..., Path]:
+    """Write frames, (F, H, W, 3) uint8: ``(path, frames, codec, pix_fmt, rate=, times=, aspect=, **codec options)``.
+
+    Without loss by default. ``times`` are those of the frames in units of 1 / rate.
+    """
+    import av
+
+    def write(
+        path: Path, frames: np.ndarray, codec: str = "ffv1", pix_fmt: str = "bgr0", *, rate: int = 10,
+        times: Sequence[int] | None = None, aspect: Fraction | None = None, **options: str,
+    ) -> Path:  # fmt: skip
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=rate, options=options)
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
+            if aspect is not None:
+                stream.codec_context.sample_aspect_ratio = aspect
+            for time, array in zip(range(len(frames)) if times is None else times, frames, strict=True):
+                frame = av.VideoFrame.from_ndarray(array)
+                frame.pts, frame.time_base = time, Fraction(1, rate)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def decode_plainly() -> Callable[[Path], list[tuple[Fraction, np.ndarray]]]:
+    """``(time, (H, W, 3) uint8)`` of every frame, as PyAV decodes a file from its beginning to its end."""
+    import av
+
+    def decode(path: Path) -> list[tuple[Fraction, np.ndarray]]:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            return [(f.pts * stream.time_base, f.to_ndarray(format="rgb24")) for f in container.decode(stream)]
+
+    return decode

@@ -1,4 +1,7 @@
+import gc
 import json
+import weakref
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from flexidit.latent_encoding import EncodeSettings, encode_images
 from flexidit.latent_shards import Metadata, sha256_of
 from flexidit.latents import LatentCodec
 from flexidit.sample_readers import ImageReader
+from flexidit.skips import BrokenFileError
 
 SETTINGS = EncodeSettings(ImageReader(16), shard_size=5, batch_size=2, dtype="float32")
 
@@ -138,3 +142,35 @@ def test_metadata_lists_size_and_hash(image_folder, tiny_vae, tmp_path):
 def test_bad_settings_are_refused(options):
     with pytest.raises(ValueError, match="got"):
         EncodeSettings(**options)
+
+
+class Ring:
+    """Garbage that only the cycle collector finds, as a closed video file is."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@dataclass(frozen=True)
+class WatchingReader(ImageReader):
+    """Reads nothing while something of the main process, which should be gone, is alive."""
+
+    watched: weakref.ref[Ring] | None = None
+
+    def read(self, source, draw=None, seed=0):
+        if self.watched and self.watched():
+            raise BrokenFileError("garbage was inherited")
+        return super().read(source)
+
+
+def test_workers_inherit_no_garbage(image_folder, tiny_vae, tmp_path):
+    """A worker that collects a video encoder of the main process waits for ever for threads that it has not got."""
+    gc.disable()
+    try:
+        reader = WatchingReader(16, weakref.ref(Ring()))
+        settings = replace(SETTINGS, reader=reader, num_workers=1)
+        assert reader.watched() is not None
+        result = encode(image_folder, tiny_vae, tmp_path / "out", settings)
+    finally:
+        gc.enable()
+    assert not len(result.skips)

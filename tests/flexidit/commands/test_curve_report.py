@@ -56,6 +56,9 @@ def test_columns_are_those_that_are_known_or_differ() -> None:
     assert [row["guidance"] for row in rows] == ["1.5", "3"]
     assert [row["agreement"] for row in rows] == ["87.5%", "50.0%"]
     assert [row["CLIP score"] for row in rows] == ["25.10", "-"]
+    clips = [replace(POINTS[0], frechet_frames=0.5, flicker=0.9, smoothness=0.95)]
+    row = dict(zip(table_headings(clips), next(table_rows(clips)), strict=True))
+    assert (row["Frechet distance of frames"], row["flicker"], row["smoothness"]) == ("0.500", "0.9000", "0.9500")
 
 
 def test_a_sweep_has_a_figure_of_its_own(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_captions_as_json_continue_and_store_pixels(image_folder, tmp_path, caps
     "words, error, message",
     [
         (("--captions",), ValueError, "--captions needs --text-encoder"),
-        (("--text-encoder", "words"), ValueError, "are for captioned images: add --captions"),
+        (("--text-encoder", "words"), ValueError, "are for captions: add --captions"),
         (("--captions", "--text-encoder", "words", "--num-classes", 3), ValueError, "with labels or with captions"),
         (("--captions", "--text-encoder", "words"), ValueError, "no image in .* has a caption"),
         (("--captions", "absent.json", "--text-encoder", "words"), FileNotFoundError, "no captions at absent.json"),

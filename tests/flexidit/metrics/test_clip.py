@@ -112,7 +112,7 @@ def test_the_description_names_the_weights(score: CLIPScore, clip_folder: Path) 
 def test_labels_and_other_numbers_of_texts_are_refused(score: CLIPScore) -> None:
     with pytest.raises(ValueError, match="asked for by class"):
         score(pixels(2), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="got 2 images and 5 texts"):
+    with pytest.raises(ValueError, match="got 2 samples and 5 texts"):
         score(pixels(2), TEXTS)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from flexidit import create_model, flexify, flops
 from flexidit.latents import PixelCodec
+from flexidit.metrics import curve
+from flexidit.metrics.clip_features import ClipFeatures, FrameFeatures
+from flexidit.metrics.clip_motion import motion_smoothness, temporal_flicker
 from flexidit.metrics.curve import (
     Evaluation,
     Reference,
@@ -23,8 +27,9 @@ from flexidit.metrics.curve import (
 )
 from flexidit.metrics.curve_candidates import candidates
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
-from flexidit.metrics.frechet import Gaussian
-from flexidit.metrics.judges import Tally
+from flexidit.metrics.curve_samples import SampledBatch
+from flexidit.metrics.frechet import FeatureStatistics, Gaussian
+from flexidit.metrics.judges import ClipMotion, Tally
 from flexidit.metrics.prompts import Prompts
 from flexidit.sampling.schedule import PatchSchedule
 from flexidit.text import WordEncoder
@@ -239,6 +244,75 @@ def test_guidance_is_away_from_the_negative_prompt() -> None:
 def test_a_model_of_captions_needs_prompts() -> None:
     with pytest.raises(ValueError, match="told captions, not classes: give conditions"):
         measured(replace(make_text_evaluation(), conditions=None))
+
+
+def moving(name: str) -> Iterator[SampledBatch]:
+    """Seven clips of three frames of 4x4 pixels, in the batches that a sampler might make of them."""
+    x = torch.rand(7, 1, 3, 4, 4, generator=torch.Generator().manual_seed(len(name))) * 2 - 1
+    for indices in torch.arange(7).split(3):
+        yield SampledBatch(x[indices], indices, 1.0, len(indices))
+
+
+def make_video_evaluation(**changes: Any) -> Evaluation:
+    """Judged by clips and by frames; real clips stand in for a video model's samples."""
+    batches = [{"x": batch.pixels} for batch in moving("real ones")]
+    clips, frames = ClipFeatures(Projection(), 2), FrameFeatures(Projection())
+    references = [reference_of(batches, PixelCodec(1), features, "clips") for features in (clips, frames)]
+    fields = {
+        "features": clips,
+        "reference": references[0],
+        "frame_features": frames,
+        "frame_reference": references[1],
+        "judges": [ClipMotion()],
+    }
+    return replace(make_evaluation(), **{**fields, **changes})
+
+
+@pytest.fixture
+def _video_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curve, "sample_pixels", lambda *_: moving("samples"))
+
+
+@pytest.mark.usefixtures("_video_samples")
+def test_clips_are_measured_over_clips_per_frame_and_in_motion() -> None:
+    evaluation = make_video_evaluation()
+    point = measured(evaluation)[0]
+    x = torch.cat([batch.pixels for batch in moving("samples")])
+    for features, reference, found in (
+        (evaluation.features, evaluation.reference, point.frechet),
+        (evaluation.frame_features, evaluation.frame_reference, point.frechet_frames),
+    ):
+        assert features is not None and reference is not None
+        expected = FeatureStatistics.of(features(x)).gaussian().distance(reference.statistics)
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert point.flicker == pytest.approx(float(temporal_flicker(x).mean()))
+    assert point.smoothness == pytest.approx(float(motion_smoothness(x).mean()))
+    assert point.judges == "smoothness by averages" and point.evaluator.endswith("2 temporal coefficients over clips")
+
+
+@pytest.mark.usefixtures("_video_samples")
+def test_points_without_frames_are_not_taken_for_points_with_them() -> None:
+    evaluation, alone = make_video_evaluation(), make_video_evaluation(frame_features=None, frame_reference=None)
+    done = measured(alone)
+    assert [point.frechet_frames for point in done] == [None, None]
+    schedules = candidates(evaluation.model, [1.0], 5)
+    assert next(evaluation.curve(schedules, done)).frechet_frames is not None
+    assert next(alone.curve(schedules, done)) == done[0]
+
+
+def test_features_of_frames_come_with_their_reference() -> None:
+    with pytest.raises(ValueError, match="give frame_features and frame_reference"):
+        make_video_evaluation(frame_reference=None)
+    with pytest.raises(ValueError, match="computed with the features projection/0/clips-dct2"):
+        make_video_evaluation(frame_reference=make_video_evaluation().reference)
+
+
+def test_a_reference_of_frames_stops_at_so_many_clips() -> None:
+    batches = [{"x": batch.pixels} for batch in moving("real ones")]
+    for features, count in ((FrameFeatures(Projection()), 15), (ClipFeatures(Projection(), 2), 5)):
+        reference = reference_of(batches, PixelCodec(1), features, "clips", max_samples=5)
+        assert reference.statistics.count == count
+        assert reference.description == f"clips ({count} samples)"
 
 
 def measure_on_ranks(rank: int, root: str) -> None:

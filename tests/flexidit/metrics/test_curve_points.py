@@ -53,11 +53,28 @@ def test_what_was_asked_for_is_kept(tmp_path: Path) -> None:
 
 
 def test_files_from_before_there_were_prompts_are_read(tmp_path: Path) -> None:
-    new = {"agreement", "clip_score", "conditions", "judges"}
+    new = {"agreement", "clip_score", "conditions", "judges", "frechet_frames", "flicker", "smoothness"}
     row = {name: "" if value is None else str(value) for name, value in asdict(POINT).items() if name not in new}
     quoted = ['"' + value.replace('"', '""') + '"' for value in row.values()]
     (tmp_path / "old.csv").write_text(",".join(row) + "\n" + ",".join(quoted) + "\n")
     assert read_csv(tmp_path / "old.csv") == [POINT]
+
+
+def test_what_is_measured_of_clips_is_kept(tmp_path: Path) -> None:
+    point = replace(POINT, frechet_frames=1 / 7, flicker=0.9375, smoothness=1 / 3)
+    write_csv([point, POINT], tmp_path / "curve.csv")
+    assert read_csv(tmp_path / "curve.csv") == [point, POINT]
+    for part in ("Frechet distance 0.3333, per frame 0.1429", "flicker 0.9375", "smoothness 0.3333"):
+        assert part in point.describe() and part not in POINT.describe()
+
+
+def test_files_from_before_there_were_clips_are_read(tmp_path: Path) -> None:
+    point = replace(POINT, agreement=0.5, conditions="captions")
+    write_csv([point], tmp_path / "new.csv")
+    lines = [line.split(",") for line in (tmp_path / "new.csv").read_text().splitlines()]
+    assert lines[0][-3:] == ["frechet_frames", "flicker", "smoothness"]
+    (tmp_path / "old.csv").write_text("".join(",".join(cells[:-3]) + "\n" for cells in lines))
+    assert read_csv(tmp_path / "old.csv") == [point]
 
 
 def test_no_file_is_no_points_and_another_file_is_refused(tmp_path: Path) -> None:
