@@ -5,22 +5,27 @@
 
 Weights, adapters with moments, average and gradients are counted tensor by tensor. With FSDP2 (several GPUs) each holds
 its part of them, and beside that, whole, the block in use, the next one, and what is outside of blocks. Activations are
-those of the mode that needs most, with gradient checkpointing and bf16-mixed: one float32 input a block, and what one
-block keeps for its backward pass, which is read off the block itself, run on tensors without data. Not counted: work
-space of kernels, the allocator's gaps, collectives' buffers and CUDA itself; take a fifth more.
+what lives at the height of a step (teacher, student and backward, with gradient checkpointing and bf16-mixed, of the
+mode that needs most), counted while the model itself runs on tensors without data (a minute). Not counted:
+work space of kernels, the allocator's gaps, collectives' buffers and CUDA itself; take a fifth more.
 """
 
 from __future__ import annotations
 
 import argparse
+import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from flexidit import create_model, flexify
 from flexidit.conditions import Captions
@@ -71,9 +76,7 @@ def memory_of(
         batch_size: of one GPU.
         size: latent size; None: the variant's own.
     """
-    overrides = {} if size is None else {"input_size": size}
-    with torch.device("meta"):
-        student = flexify(create_model(name, **overrides), weak, "lora", rank=rank)
+    student = student_of(name, weak, rank, size)
     trained = [p for p in student.parameters() if p.requires_grad]
     frozen = [p for p in student.parameters() if not p.requires_grad]
     blocks = [_count(block.parameters()) for block in student.blocks]
@@ -83,54 +86,75 @@ def memory_of(
         weights=_count(frozen) * _FLOAT32 / num_gpus,
         gathered=gathered if num_gpus > 1 else 0,
         trained=_count(trained) * 5 * _FLOAT32 / num_gpus,
-        activations=batch_size * activations_of(name, weak, rank, student.config.depth, overrides),
+        activations=batch_size * activations_of(name, tuple(weak), rank, size),
     )
 
 
-def activations_of(name: str, weak: Sequence[str], rank: int, depth: int, overrides: dict[str, Any]) -> float:
-    """Bytes of one sample: of the weak mode with most tokens, or of the teacher in a single block if that is more.
-
-    The teacher's block frees as it goes what the student's must keep, so that counting it as kept is an upper bound.
-    """
-    with torch.device("meta"):
-        model = flexify(create_model(name, **overrides, depth=1), weak, "lora", rank=rank)
-    for linear in [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]:
+@cache
+def activations_of(name: str, weak: tuple[str, ...], rank: int, size: tuple[int, ...] | None = None) -> int:
+    """Bytes of a step with one clip, at its height: teacher, student and backward of the mode that needs most."""
+    student = student_of(name, weak, rank, size)
+    for linear in [module for module in student.blocks.modules() if isinstance(module, nn.Linear)]:
         linear.to(torch.bfloat16)  # as gathered, or as autocast has them: no copies that are not activations
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        one_block = {patch_size: _kept(model, patch_size) for patch_size in model.patch_sizes}
-    width, latent = model.config.hidden_size, model.config.input_size
-    inputs = {patch_size: _FLOAT32 * patch_size.num_tokens(latent) * width for patch_size in model.patch_sizes}
-    base, *others = model.patch_sizes
-    student = max(one_block[patch_size] + (depth - 1) * inputs[patch_size] for patch_size in others)
-    return max(student, one_block[base])
+        student.to_empty(device="cpu")
+        student.gradient_checkpointing = True
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        return max(height_of_a_step(student, patch_size) for patch_size in student.patch_sizes[1:])
 
 
-def _kept(model: FlexiTransformer, patch_size: PatchSize) -> int:
-    """Bytes that a model of one block keeps for its backward pass, beside its parameters."""
-    config: Any = model.config
-    x = torch.randn(1, config.in_channels, *config.input_size)
+def student_of(name: str, weak: Sequence[str], rank: int, size: tuple[int, ...] | None) -> FlexiTransformer:
+    """On the meta device."""
+    overrides = {} if size is None else {"input_size": size}
+    with torch.device("meta"):
+        return flexify(create_model(name, **overrides), weak, "lora", rank=rank)
+
+
+def height_of_a_step(student: FlexiTransformer, patch_size: PatchSize) -> int:
+    """Bytes of all tensors that live at once, beside weights and their gradients."""
+    config: Any = student.config
     shape = (1, config.caption_length)
     y = Captions(torch.randn(*shape, config.caption_channels), torch.ones(shape, dtype=torch.bool))
-    own = {_storage(p) for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # a freed storage's number would be given to another
-
-    def pack(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in own:
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-            alive.append(tensor)
-        return tensor
-
-    first = model.embedding.weights(model.base_patch_size)[0]
-    first.requires_grad_(patch_size == model.base_patch_size)  # where nothing trains, nothing would be kept
-    with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x, torch.full((1,), 500.0), y, patch_size=patch_size)
-    return sum(kept.values())
+    x, t = torch.randn(1, config.in_channels, *config.input_size), torch.full((1,), 500.0)
+    kept = [tensor for p in student.parameters() for tensor in (p, p.grad) if tensor is not None]
+    with LiveBytes([*kept, *student.buffers()]) as live, torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            target = student(x, t, y, patch_size=student.base_patch_size)
+        F.mse_loss(student(x, t, y, patch_size=patch_size).float(), target.float()).backward()
+    return live.peak
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations allocate, and remembers the most that lived at once.
+
+    Args:
+        known: tensors that are not counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._storages: dict[int, weakref.ref[Any] | None] = {id(tensor.untyped_storage()): None for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, out)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, num_bytes = id(storage), storage.nbytes()
+        if key in self._storages:
+            return
+
+        def free(_: Any) -> None:
+            del self._storages[key]
+            self.live -= num_bytes
+
+        self._storages[key] = weakref.ref(storage, free)
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
 
 
 def _count(parameters: Iterable[Tensor]) -> int:
@@ -157,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gather", choices=_GATHERED, default="bfloat16")
     parser.add_argument("--batch-size", type=int, default=1, help="of one GPU")
     args = parser.parse_args(arguments)
-    print(f"modes 1x4x4 and 2x2x2, rank 64, {args.batch_size} clip a GPU, gathered in {args.gather}; GiB a GPU")
+    warnings.filterwarnings("ignore", ".*Already found a `peft_config` attribute.*")
+    print(f"modes 1x4x4 and 2x2x2, rank 64, {args.batch_size} clips a GPU, gathered in {args.gather}; GiB a GPU")
     print(table(args.models, args.gpus, args.gather, args.batch_size))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from flexidit import create_model, flexify
 from flexidit.flops import forward_flops
@@ -53,3 +54,28 @@ def test_memory_is_counted_off_the_model(repository: Path) -> None:
     blocks = sum(p.numel() for p in student.blocks.parameters())
     wider = memory_of("Wan-Tiny", 8, gather="float32").gathered - eight.gathered
     assert wider == 2 * blocks  # both of its blocks, two bytes more each
+
+
+def test_a_step_without_data_takes_as_much_as_one_with_data(repository: Path) -> None:
+    benchmark = load(repository, "video_memory")
+    weak, rank, size = ("2x2x2",), 4, (5, 16, 16)
+    student = flexify(create_model("Wan-Tiny", input_size=size), weak, "lora", rank=rank)
+    student.gradient_checkpointing = True
+    student.blocks.to(torch.bfloat16)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    real = benchmark.height_of_a_step(student, student.patch_sizes[1])
+    assert benchmark.activations_of("Wan-Tiny", weak, rank, size) == pytest.approx(real, rel=0.02)
+
+
+def test_live_bytes_are_those_of_storages_that_are_held(repository: Path) -> None:
+    known = torch.zeros(1000)
+    with load(repository, "video_memory").LiveBytes([known]) as live:
+        held = known + 1  # 4000 bytes
+        view = held.view(10, 100)  # none
+        assert (live.live, live.peak) == (4000, 4000)
+        passing = view * 2
+        del passing
+        assert (live.live, live.peak) == (4000, 8000)
+        known.add_(1)
+        assert live.peak == 8000
