@@ -15,7 +15,7 @@ from datamodules.captioned_digits import CaptionedDigitsDataModule, in_float32
 from flexidit.conditions import Captions
 from flexidit.digit_captions import NUM_PHRASINGS
 from flexidit.digit_images import NATIVE_SIZE
-from flexidit.draws import Draw
+from flexidit.draws import Draw, draw_choice
 from flexidit.metrics.moving_digits import moving_digits_in
 from flexidit.moving_captions import DIRECTIONS, MovingDigit, moving_captions_of
 from flexidit.moving_digits import DIRECTION_NAMES, ClipFormat, MovingDigits, draw_motions
@@ -31,10 +31,14 @@ class MovingDigitSamples(Dataset[dict[str, Any]]):
         captions: U embedded captions.
         rows: (M, 8, K) places among the U of the caption of each digit, direction and phrasing.
         seed: of the movement and the phrasing that a digit has in an epoch.
+        single_frames: one frame of each clip, drawn anew in every epoch: images.
     """
 
-    def __init__(self, digits: MovingDigits, captions: Captions, rows: Tensor, seed: int = 0) -> None:
+    def __init__(
+        self, digits: MovingDigits, captions: Captions, rows: Tensor, seed: int = 0, single_frames: bool = False
+    ) -> None:
         self.digits, self.captions, self.rows, self.seed = digits, captions, rows, seed
+        self.single_frames = single_frames
 
     def __len__(self) -> int:
         return len(self.digits)
@@ -45,9 +49,12 @@ class MovingDigitSamples(Dataset[dict[str, Any]]):
         return {"x": batch["x"][0], "y": batch["y"]}
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Any]:
-        """A batch: ``x`` (N, 1, F, S, S) and ``y``, N captions."""
+        """A batch: ``x`` (N, 1, F, S, S), or of single frames (N, 1, S, S), and ``y``, N captions."""
         draws = [Draw.of(key) for key in keys]
         x, motions = self.digits.clips(self.seed, draws)
+        if self.single_frames:
+            frames = [draw_choice(self.seed, draw, x.shape[2]) for draw in draws]
+            x = torch.from_numpy(x.numpy()[range(len(draws)), :, frames])  # (N, 1, S, S)
         samples = [draw.sample for draw in draws]
         rows = self.rows.numpy()[samples, motions.directions, motions.phrasings]
         embeddings, mask = self.captions.embeddings.numpy()[rows], self.captions.mask.numpy()[rows]
@@ -72,6 +79,8 @@ class MovingDigitsDataModule(CaptionedDigitsDataModule):
         text_encoder: "words", which needs no weights, or a folder or hub id of a T5.
         caption_length: L, tokens that captions are padded to; no caption of these clips has more than 16 words,
             commas and the end included.
+        single_frames: one frame of each clip, drawn anew in every epoch: images (N, 1, S, S) that an image model
+            learns from, whose weights then start one of clips.
     """
 
     def __init__(
@@ -85,14 +94,16 @@ class MovingDigitsDataModule(CaptionedDigitsDataModule):
         num_workers: int = 0,
         text_encoder: str = "words",
         caption_length: int = 16,
+        single_frames: bool = False,
     ) -> None:
+        self.single_frames = single_frames
         self.clip = ClipFormat(canvas_size, num_frames, digit_size)
         super().__init__(digit_size, batch_size, val_fraction, seed, num_workers, text_encoder, caption_length)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """(1, F, S, S) of ``x``."""
-        return self.clip.shape
+        return (1, *self.clip.shape[2:]) if self.single_frames else self.clip.shape
 
     def make_dataset(self) -> MovingDigitSamples:
         """All digits in motion, with the captions that they can have, each distinct one embedded once.
@@ -112,7 +123,8 @@ class MovingDigitsDataModule(CaptionedDigitsDataModule):
         place = {digit: row for row, digit in enumerate(distinct)}
         rows = torch.arange(len(texts)).view(-1, len(DIRECTIONS), NUM_PHRASINGS)
         rows = rows[[place[digit] for digit in self.attributes]]
-        return MovingDigitSamples(self.digits, in_float32(self.text_encoder.encode(texts)), rows, self.seed)
+        captions = in_float32(self.text_encoder.encode(texts))
+        return MovingDigitSamples(self.digits, captions, rows, self.seed, self.single_frames)
 
     def train_images(self) -> tuple[Tensor, Tensor]:
         """Every training digit in its motion of the first epoch, (N, 1, F, S, S), and its class."""

@@ -41,10 +41,10 @@ def preformatted(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
 
 
-def picture(content: bytes, description: str) -> str:
-    """A PNG, inside the page; the description is for those who cannot see it."""
+def picture(content: bytes, description: str, kind: str = "png") -> str:
+    """A PNG or GIF, inside the page; the description is for those who cannot see it."""
     data = base64.b64encode(content).decode()
-    return f'<p><img alt="{html.escape(description, quote=True)}" src="data:image/png;base64,{data}"></p>'
+    return f'<p><img alt="{html.escape(description, quote=True)}" src="data:image/{kind};base64,{data}"></p>'
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

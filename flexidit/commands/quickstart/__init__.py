@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexidit.commands.quickstart.evaluation import Judge
+    from flexidit.commands.quickstart.judge import Judge
     from flexidit.commands.quickstart.recipe import Recipe
-    from flexidit.commands.quickstart.settings import (
-        ClassConditionalSettings,
-        QuickstartSettings,
-        TextToImageSettings,
-    )
+    from flexidit.commands.quickstart.settings import QuickstartSettings
     from flexidit.metrics.curve_points import CurvePoint
 
 HELP = (
@@ -25,7 +22,12 @@ HELP = (
     "measure quality against compute. Interrupted, it continues where it was."
 )
 EXAMPLE = "flexidit quickstart --recipe text-to-image"
-RECIPES = ("class-conditional", "text-to-image")
+RECIPES = {
+    "class-conditional": "runs/quickstart",
+    "text-to-image": "runs/quickstart_text_to_image",
+    "text-to-video": "runs/quickstart_text_to_video",
+}
+"""Folders of the runs, by recipe."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,25 +35,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        default=RECIPES[0],
-        help="labels and full fine-tuning, or captions and a distilled adapter (%(default)s)",
+        default=next(iter(RECIPES)),
+        help="labels and full fine-tuning, captions and a distilled adapter, or captioned clips and adapters in time "
+        "and in space (%(default)s)",
     )
-    parser.add_argument(
-        "--out", type=Path, help="folder of the run (runs/quickstart, or runs/quickstart_text_to_image)"
-    )
+    parser.add_argument("--out", type=Path, help=f"folder of the run ({', or '.join(RECIPES.values())})")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and samples (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the rows as json instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, tune, measure, draw, explain."""
-    from flexidit.commands.quickstart import settings as choices
+    from flexidit.commands.quickstart.settings import SETTINGS, claim_folder
 
-    is_text = args.recipe == "text-to-image"
-    settings: QuickstartSettings
-    settings = choices.TextToImageSettings(args.seed) if is_text else choices.ClassConditionalSettings(args.seed)
-    out = args.out or Path("runs/quickstart_text_to_image" if is_text else "runs/quickstart")
-    choices.claim_folder(out, settings)
+    settings = SETTINGS[args.recipe](args.seed)
+    out = args.out or Path(RECIPES[args.recipe])
+    claim_folder(out, settings)
     if not args.json:
         tell(settings, out)
         return 0
@@ -67,16 +66,15 @@ def tell(settings: QuickstartSettings, out: Path, *, quiet: bool = False) -> lis
 
     from flexidit.checkpoint import load_checkpoint
     from flexidit.commands.quickstart import story, training
-    from flexidit.commands.quickstart.evaluation import Judge
 
     console, recipe = Console(), _recipe(settings)
-    target = training.pretrain(recipe, out)
-    student = load_checkpoint(training.tune(recipe, out, target))
-    judge, sampled = Judge.train(settings), recipe.sampled(student)
+    training.train(recipe, out)
+    target, student = (load_checkpoint(out / f"{name}.safetensors") for name in ("target", "student"))
+    judge, sampled = recipe.judge(), recipe.sampled(student)
     points = _measure(sampled, judge, recipe, out, console)
-    story.draw_samples(sampled, recipe, out / "samples.png")
+    pictures = recipe.draw_samples(sampled, out)
     story.draw_curve(points, judge.floor, recipe, out / "curve.png")
-    page = story.write_report(points, judge, recipe.promise(load_checkpoint(target), student), recipe, out)
+    page = story.write_report(points, judge, recipe.promise(target, student), pictures, recipe, out)
     if not quiet:
         story.print_table(points, judge.floor, recipe, console)
     console.print(f"Open {page} in a browser; {out}/samples.png and curve.png are in it.", soft_wrap=True)
@@ -84,13 +82,8 @@ def tell(settings: QuickstartSettings, out: Path, *, quiet: bool = False) -> lis
 
 
 def _recipe(settings: QuickstartSettings) -> Recipe[Any]:
-    if settings.has_captions:
-        from flexidit.commands.quickstart.text_to_image import TextToImageRecipe
-
-        return TextToImageRecipe(cast("TextToImageSettings", settings))
-    from flexidit.commands.quickstart.class_conditional import ClassConditionalRecipe
-
-    return ClassConditionalRecipe(cast("ClassConditionalSettings", settings))
+    module = importlib.import_module(f"flexidit.commands.quickstart.{settings.recipe.replace('-', '_')}")
+    return module.RECIPE(settings)
 
 
 def _measure(model: Any, judge: Judge, recipe: Recipe[Any], out: Path, console: object) -> list[CurvePoint]:
@@ -104,9 +97,9 @@ def _measure(model: Any, judge: Judge, recipe: Recipe[Any], out: Path, console: 
         TimeRemainingColumn,
     )
 
-    from flexidit.commands.quickstart.evaluation import measure, schedules
+    from flexidit.commands.quickstart.evaluation import measure
 
-    total = len(schedules(model, recipe.settings)) * recipe.settings.num_seeds
+    total = len(recipe.schedules(model)) * recipe.settings.num_seeds
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     points: list[CurvePoint] = []
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:  # type: ignore[arg-type]

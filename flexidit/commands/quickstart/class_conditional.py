@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from datamodules.digits import DigitsDataModule
-from flexidit.commands.quickstart.recipe import Recipe
+from flexidit.commands.quickstart.judge import Judge, image_judge
+from flexidit.commands.quickstart.recipe import Recipe, Stage
+from flexidit.commands.quickstart.samples import draw_images
+from flexidit.commands.quickstart.schedules import image_schedules
 from flexidit.commands.quickstart.settings import ClassConditionalSettings
 from flexidit.digit_images import load_digit_images
+from flexidit.metrics.curve_candidates import Candidate
 from flexidit.metrics.judges import ClassAccuracy
 from flexidit.metrics.prompts import ClassLabels
 from flexidit.recipes import flexify
@@ -21,7 +24,6 @@ from lightning_modules.pretraining import Pretraining
 from lightning_modules.settings import FlexSettings, MatchingSettings, OptimizerSettings, TargetSettings
 
 if TYPE_CHECKING:
-    from flexidit.commands.quickstart.evaluation import Judge
     from flexidit.models import FlexiTransformer
     from lightning_modules.base import DiffusionModule
 
@@ -29,14 +31,29 @@ if TYPE_CHECKING:
 class ClassConditionalRecipe(Recipe[ClassConditionalSettings]):
     """Ten classes of digits."""
 
-    tuning_stage = "fine-tuning"
     plot_title = "Real digits: how much compute can be saved?"
 
     def data(self) -> DigitsDataModule:
         """Images and labels."""
         return DigitsDataModule(batch_size=self.settings.batch_size, seed=self.settings.seed)
 
-    def pretraining(self) -> DiffusionModule:
+    def stages(self) -> Sequence[Stage]:
+        """From random weights, then with a weak size."""
+        steps = self.settings
+        return (
+            Stage("pre-training", "target", self.pretraining, self.data, steps.pretraining_steps),
+            Stage("fine-tuning", "student", self.tuning, self.data, steps.fine_tuning_steps),
+        )
+
+    def judge(self) -> Judge:
+        """A classifier of images."""
+        return image_judge(self.settings)
+
+    def schedules(self, model: Any) -> Sequence[Candidate]:
+        """Weak first, weak last, fewer steps."""
+        return image_schedules(model, self.settings)
+
+    def pretraining(self, _: Path | None) -> DiffusionModule:
         """DiT's loss from random weights."""
         return Pretraining(
             TargetSettings("DiT-Tiny/2", self.settings.variant_overrides()),
@@ -44,7 +61,7 @@ class ClassConditionalRecipe(Recipe[ClassConditionalSettings]):
             seed=self.settings.seed,
         )
 
-    def tuning(self, target: Path) -> DiffusionModule:
+    def tuning(self, target: Path | None) -> DiffusionModule:
         """DiT's loss at a drawn patch size, plus distribution matching."""
         settings = self.settings
         return ClassConditional(
@@ -60,11 +77,6 @@ class ClassConditionalRecipe(Recipe[ClassConditionalSettings]):
             seed=settings.seed,
         )
 
-    @property
-    def num_tuning_steps(self) -> int:
-        """Of the fine-tuning."""
-        return self.settings.fine_tuning_steps
-
     def conditions(self, seed: int) -> ClassLabels:
         """Classes in turn."""
         return ClassLabels(10)
@@ -73,10 +85,14 @@ class ClassConditionalRecipe(Recipe[ClassConditionalSettings]):
         """Whether the classifier sees the digit that was asked for."""
         return (ClassAccuracy(judge.classifier.logits),)
 
-    def pictured(self) -> tuple[Tensor, Tensor, list[str]]:
+    def draw_samples(self, model: Any, out: Path) -> list[str]:
         """One of each class."""
         x, y = load_digit_images()
-        return torch.arange(10), torch.stack([x[y == label][0] for label in range(10)]), [str(i) for i in range(10)]
+        real = torch.stack([x[y == label][0] for label in range(10)])
+        names = [str(label) for label in range(10)]
+        candidates = self.schedules(model)
+        draw_images(model, candidates, self.settings, torch.arange(10), real, names, out / "samples.png")
+        return ["samples.png"]
 
     def promise(self, target: FlexiTransformer, student: FlexiTransformer) -> str:
         """That flexifying preserves the target, before any training."""
@@ -113,3 +129,6 @@ class ClassConditionalRecipe(Recipe[ClassConditionalSettings]):
     def example(self, out: Path) -> str:
         """Two classes."""
         return f"flexidit sample {out}/student.safetensors --classes 3,7"
+
+
+RECIPE = ClassConditionalRecipe

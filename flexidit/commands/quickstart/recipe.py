@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-
-from torch import Tensor
 
 from flexidit.commands.quickstart.settings import QuickstartSettings
 
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningDataModule
 
-    from flexidit.commands.quickstart.evaluation import Judge
+    from flexidit.commands.quickstart.judge import Judge
+    from flexidit.metrics.curve_candidates import Candidate
     from flexidit.metrics.prompts import Conditions
     from flexidit.models import FlexiTransformer
     from lightning_modules.base import DiffusionModule
@@ -23,32 +23,39 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound=QuickstartSettings)
 
 
-class Recipe(ABC, Generic[Settings]):
-    """Two trainings, what samples are asked for, and the sentences that explain it."""
+@dataclass(frozen=True)
+class Stage:
+    """One training."""
 
-    tuning_stage: str
-    """Name of the second training."""
+    name: str
+    """For people, and of its folder of checkpoints."""
+    result: str
+    """Name of the file with its averaged weights, without suffix; the last two are "target" and "student"."""
+    make: Callable[[Path | None], DiffusionModule]
+    """The module, given the weights of the stage before."""
+    data: Callable[[], LightningDataModule]
+    num_steps: int
+
+
+class Recipe(ABC, Generic[Settings]):
+    """Some trainings, what samples are asked for, and the sentences that explain it."""
+
     plot_title: str
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     @abstractmethod
-    def data(self) -> LightningDataModule:
-        """What both trainings read."""
+    def stages(self) -> Sequence[Stage]:
+        """The trainings, in order."""
 
     @abstractmethod
-    def pretraining(self) -> DiffusionModule:
-        """Trains the target from random weights."""
+    def judge(self) -> Judge:
+        """Who judges; trained here and now."""
 
     @abstractmethod
-    def tuning(self, target: Path) -> DiffusionModule:
-        """Makes it flexible."""
-
-    @property
-    @abstractmethod
-    def num_tuning_steps(self) -> int:
-        """Of the second training."""
+    def schedules(self, model: Any) -> Sequence[Candidate]:
+        """What is measured."""
 
     def sampled(self, student: FlexiTransformer) -> Any:
         """The model that draws samples, and is priced."""
@@ -63,8 +70,8 @@ class Recipe(ABC, Generic[Settings]):
         """What they are judged by beside the Frechet distance."""
 
     @abstractmethod
-    def pictured(self) -> tuple[Any, Tensor, list[str]]:
-        """For the grid of samples: ten conditions, real digits (10, 1, 8, 8) that meet them, and column titles."""
+    def draw_samples(self, model: Any, out: Path) -> list[str]:
+        """Pictures of samples from the same noise at several budgets; names of the files, the first is for the page."""
 
     @abstractmethod
     def promise(self, target: FlexiTransformer, student: FlexiTransformer) -> str:

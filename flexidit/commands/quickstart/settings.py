@@ -22,8 +22,8 @@ class QuickstartSettings:
     hidden_size: int = 128
     depth: int = 4
     num_heads: int = 4
-    patch_size: int = 2
-    weak_patch_size: int = 4
+    patch_size: int | str = 2
+    weak_patch_size: int | str = 4
     batch_size: int = 64
     ema_decay: float = 0.995
 
@@ -88,6 +88,66 @@ class TextToImageSettings(QuickstartSettings):
     distillation_steps: int = 1000
     distillation_lr: float = 6e-3
     rank: int = 16
+
+
+@dataclass(frozen=True)
+class TextToVideoSettings(QuickstartSettings):
+    """Moving digits with captions: an image model, inflated to clips, with a temporal and a spatial weak mode.
+
+    Patches of 4x4 pixels here are what patches of 2x2 latents are to a video autoencoder of small downscale: a
+    sixteenth of a frame.
+    """
+
+    recipe = "text-to-video"
+    has_captions = True
+
+    canvas_size: int = 16
+    num_frames: int = 8
+    patch_size: int | str = "1x4x4"
+    temporal_patch_size: str = "2x4x4"
+    weak_patch_size: int | str = "1x8x8"
+    """The spatial weak mode."""
+
+    image_steps: int = 1500
+    """Of single frames, which are an eighth of the tokens, before the model sees clips."""
+    image_batch_size: int = 64
+    image_lr: float = 3e-3
+    batch_size: int = 32
+    pretraining_steps: int = 500
+    pretraining_lr: float = 2e-3
+    distillation_steps: int = 400
+    distillation_lr: float = 4e-3
+    rank: int = 16
+
+    num_sampling_steps: int = 24
+    cfg_scale: float = 2.0
+    num_samples: int = 100
+    sampling_batch_size: int = 25
+    num_seeds: int = 2
+    weak_steps: tuple[int, ...] = (0, 6, 12, 18, 24)
+    """Of each weak mode."""
+    mixtures: tuple[str, ...] = ("1x8x8:6,2x4x4:6,1x4x4:12", "1x8x8:12,2x4x4:6,1x4x4:6")
+    """Schedules with both weak modes."""
+    compared_weak_steps: tuple[int, ...] = (18,)
+    """Spatially weak steps of what is compared with weak-last and with fewer steps."""
+
+    def variant_overrides(self) -> dict[str, Any]:
+        """Fields of the model's config."""
+        return {
+            **super().variant_overrides(),
+            "input_size": [self.num_frames, self.canvas_size, self.canvas_size],
+            "position_table": "learned",
+            "process": "flow",
+        }
+
+    def image_overrides(self) -> dict[str, Any]:
+        """The same for single frames."""
+        return {**self.variant_overrides(), "input_size": [self.canvas_size, self.canvas_size]}
+
+
+SETTINGS: dict[str, type[QuickstartSettings]] = {
+    kind.recipe: kind for kind in (ClassConditionalSettings, TextToImageSettings, TextToVideoSettings)
+}
 
 
 def claim_folder(out: Path, settings: QuickstartSettings) -> None:

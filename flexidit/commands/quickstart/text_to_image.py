@@ -8,27 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from datamodules.captioned_digits import CaptionedDigitsDataModule
-from flexidit.commands.quickstart.recipe import Recipe
+from flexidit.commands.quickstart.judge import Judge, image_judge
+from flexidit.commands.quickstart.recipe import Recipe, Stage
+from flexidit.commands.quickstart.samples import base_is_target, draw_images
+from flexidit.commands.quickstart.schedules import image_schedules
 from flexidit.commands.quickstart.settings import TextToImageSettings
-from flexidit.conditions import Captions
 from flexidit.digit_images import load_digit_images
 from flexidit.merged import MergedModel
+from flexidit.metrics.curve_candidates import Candidate
 from flexidit.metrics.digit_attributes import prompts, real_captions
 from flexidit.metrics.judges import DigitAgreement
 from flexidit.metrics.prompts import Prompts
-from flexidit.recipes import added_parameters
-from flexidit.sampling.sampler import Sampler
-from flexidit.sampling.schedule import PatchSchedule
 from flexidit.text import WordEncoder
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
 from lightning_modules.text_to_image import TextToImage
 
 if TYPE_CHECKING:
-    from flexidit.commands.quickstart.evaluation import Judge
     from flexidit.models import FlexiTransformer
     from lightning_modules.base import DiffusionModule
 
@@ -49,7 +47,6 @@ _PICTURED = (
 class TextToImageRecipe(Recipe[TextToImageSettings]):
     """Digits with captions that were measured: class, stroke weight, slant, width."""
 
-    tuning_stage = "distillation"
     plot_title = "Captioned digits: how much compute can be saved?"
 
     @cached_property
@@ -63,7 +60,23 @@ class TextToImageRecipe(Recipe[TextToImageSettings]):
         """Images and captions."""
         return CaptionedDigitsDataModule(batch_size=self.settings.batch_size, seed=self.settings.seed)
 
-    def pretraining(self) -> DiffusionModule:
+    def stages(self) -> Sequence[Stage]:
+        """From random weights, then an adapter."""
+        steps = self.settings
+        return (
+            Stage("pre-training", "target", self.pretraining, self.data, steps.pretraining_steps),
+            Stage("distillation", "student", self.tuning, self.data, steps.distillation_steps),
+        )
+
+    def judge(self) -> Judge:
+        """A classifier of images."""
+        return image_judge(self.settings)
+
+    def schedules(self, model: Any) -> Sequence[Candidate]:
+        """Weak first, weak last, fewer steps."""
+        return image_schedules(model, self.settings)
+
+    def pretraining(self, _: Path | None) -> DiffusionModule:
         """DiT's loss from random weights."""
         return Pretraining(
             TargetSettings("TextDiT-Tiny/2", self.settings.variant_overrides()),
@@ -71,7 +84,7 @@ class TextToImageRecipe(Recipe[TextToImageSettings]):
             seed=self.settings.seed,
         )
 
-    def tuning(self, target: Path) -> DiffusionModule:
+    def tuning(self, target: Path | None) -> DiffusionModule:
         """Distillation into adapters of the weak size."""
         settings = self.settings
         return TextToImage(
@@ -81,11 +94,6 @@ class TextToImageRecipe(Recipe[TextToImageSettings]):
             distill_variance=True,  # DDPM samples with it
             seed=settings.seed,
         )
-
-    @property
-    def num_tuning_steps(self) -> int:
-        """Of the distillation."""
-        return self.settings.distillation_steps
 
     def sampled(self, student: FlexiTransformer) -> MergedModel:
         """The adapter merged into a copy, where it costs nothing."""
@@ -100,30 +108,18 @@ class TextToImageRecipe(Recipe[TextToImageSettings]):
         """What measuring the samples confirms of their captions."""
         return (DigitAgreement(judge.classifier.logits),)
 
-    def pictured(self) -> tuple[Captions, Tensor, list[str]]:
-        """One caption a class, and real digits that have it."""
+    def draw_samples(self, model: Any, out: Path) -> list[str]:
+        """One caption a class, above it real digits that have it."""
         x, _ = load_digit_images()
         captions = real_captions()
         real = torch.stack([x[next(i for i, own in enumerate(captions) if text in own)] for text in _PICTURED])
-        return self.encoder.encode(_PICTURED), real, list(_PICTURED)
+        y, candidates = self.encoder.encode(_PICTURED), self.schedules(model)
+        draw_images(model, candidates, self.settings, y, real, _PICTURED, out / "samples.png")
+        return ["samples.png"]
 
     def promise(self, target: FlexiTransformer, student: FlexiTransformer) -> str:
         """That at its own patch size the trained student still draws the target's samples."""
-        settings = self.settings
-        schedule = PatchSchedule.constant(settings.patch_size, settings.num_sampling_steps)
-        y = self.encoder.encode(_PICTURED)
-        ours, theirs = (
-            Sampler(model, schedule=schedule, cfg_scale=settings.cfg_scale)(
-                y, generator=torch.Generator().manual_seed(0)
-            )
-            for model in (student, target)
-        )
-        verdict = "the same to the last bit" if torch.equal(ours, theirs) else "NOT the same, which is a bug"
-        count, share = added_parameters(student)
-        return (
-            f"The adapter has {count} parameters, {share:.1%} of the target's. At the full budget the trained "
-            f"student's samples and the target's are {verdict}."
-        )
+        return base_is_target(target, student, self.settings, self.encoder.encode(_PICTURED))
 
     def steps(self) -> list[str]:
         """The two trainings."""
@@ -150,3 +146,6 @@ class TextToImageRecipe(Recipe[TextToImageSettings]):
     def example(self, out: Path) -> str:
         """One caption."""
         return f'flexidit sample {out}/student.safetensors --text-encoder words --prompts "a bold seven leaning right"'
+
+
+RECIPE = TextToImageRecipe

@@ -1,4 +1,4 @@
-"""The two trainings of the quick start: a plain target, then its flexible student. Each continues where it was."""
+"""The trainings of the quick start: a plain target, then its flexible student. Each continues where it was."""
 
 from __future__ import annotations
 
@@ -18,39 +18,30 @@ from callbacks.step_progress import StepProgress
 from flexidit.checkpoint import load_checkpoint, recorded_text, save_checkpoint
 
 if TYPE_CHECKING:
-    from flexidit.commands.quickstart.recipe import Recipe
-    from lightning_modules.base import DiffusionModule
+    from flexidit.commands.quickstart.recipe import Recipe, Stage
 
 
-def pretrain(recipe: Recipe[Any], out: Path) -> Path:
-    """Train the target from random weights; returns its averaged weights' file."""
-    target = out / "target.safetensors"
-    if not target.is_file():
-        pl.seed_everything(recipe.settings.seed, verbose=False)
-        last = _fit(recipe, recipe.pretraining(), recipe.settings.pretraining_steps, out, "pre-training")
-        save_checkpoint(load_checkpoint(last), target, text=recorded_text(last))
-    return target
+def train(recipe: Recipe[Any], out: Path) -> None:
+    """All stages, each from the averaged weights of the one before; what is there already is not trained again."""
+    before = None
+    for stage in recipe.stages():
+        result = out / f"{stage.result}.safetensors"
+        if not result.is_file():
+            pl.seed_everything(recipe.settings.seed, verbose=False)
+            last = _fit(recipe, stage, before, out)
+            save_checkpoint(load_checkpoint(last), result, text=recorded_text(last))
+        before = result
 
 
-def tune(recipe: Recipe[Any], out: Path, target: Path) -> Path:
-    """Make the target flexible and train it; returns the student's averaged weights' file."""
-    student = out / "student.safetensors"
-    if not student.is_file():
-        pl.seed_everything(recipe.settings.seed, verbose=False)
-        last = _fit(recipe, recipe.tuning(target), recipe.num_tuning_steps, out, recipe.tuning_stage)
-        save_checkpoint(load_checkpoint(last), student, text=recorded_text(last))
-    return student
-
-
-def _fit(recipe: Recipe[Any], module: DiffusionModule, max_steps: int, out: Path, stage: str) -> Path:
+def _fit(recipe: Recipe[Any], stage: Stage, before: Path | None, out: Path) -> Path:
     """Train, from the last checkpoint if there is one; returns the final checkpoint."""
-    folder = out / "checkpoints" / stage
+    folder = out / "checkpoints" / stage.name
     last = folder / "last.ckpt"
     with _quiet():
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
-            max_steps=max_steps,
+            max_steps=stage.num_steps,
             val_check_interval=250,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -59,14 +50,14 @@ def _fit(recipe: Recipe[Any], module: DiffusionModule, max_steps: int, out: Path
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=out,
-            logger=TensorBoardLogger(out, name="tensorboard", version=stage),
+            logger=TensorBoardLogger(out, name="tensorboard", version=stage.name),
             callbacks=[
                 EMA(recipe.settings.ema_decay, warmup=True),
                 ModelCheckpoint(folder, every_n_train_steps=250, save_top_k=1, save_last=True),
-                StepProgress(f"{stage:<12}"),
+                StepProgress(f"{stage.name:<12}"),
             ],
         )
-        trainer.fit(module, recipe.data(), ckpt_path=str(last) if last.is_file() else None)
+        trainer.fit(stage.make(before), stage.data(), ckpt_path=str(last) if last.is_file() else None)
         if trainer.interrupted:
             raise KeyboardInterrupt
         trainer.save_checkpoint(last)

@@ -13,11 +13,15 @@ import torch
 from flexidit import load_checkpoint
 from flexidit.cli import main
 from flexidit.commands.quickstart import tell
-from flexidit.commands.quickstart.evaluation import Judge, schedules, with_shared_ends
+from flexidit.commands.quickstart.evaluation import with_shared_ends
+from flexidit.commands.quickstart.judge import image_judge
+from flexidit.commands.quickstart.schedules import MIXTURE, SPATIAL, TEMPORAL, clip_schedules, image_schedules
 from flexidit.commands.quickstart.settings import (
+    SETTINGS,
     ClassConditionalSettings,
     QuickstartSettings,
     TextToImageSettings,
+    TextToVideoSettings,
     claim_folder,
 )
 from flexidit.flops import schedule_cost
@@ -43,6 +47,14 @@ TOY = ClassConditionalSettings(**TINY, fine_tuning_steps=4, mmd_start_step=1, mm
 TOYS: dict[str, QuickstartSettings] = {
     "class-conditional": TOY,
     "text-to-image": TextToImageSettings(**TINY, distillation_steps=4, rank=2),  # type: ignore[arg-type]
+    "text-to-video": TextToVideoSettings(
+        **TINY,  # type: ignore[arg-type]
+        image_steps=4,
+        distillation_steps=4,
+        rank=2,
+        mixtures=("1x8x8:2,2x4x4:1,1x4x4:2",),
+        sampling_batch_size=6,
+    ),
 }
 
 WRITTEN = {
@@ -80,6 +92,11 @@ def with_captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return story(tmp_path_factory, "text-to-image")
 
 
+@pytest.fixture(scope="module")
+def with_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return story(tmp_path_factory, "text-to-video")
+
+
 @pytest.fixture(params=["finished", "with_captions"])
 def either(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
@@ -110,6 +127,31 @@ def test_the_distilled_student_still_is_its_target(with_captions: Path) -> None:
     assert all(torch.equal(base[name], tensor) for name, tensor in target.state_dict().items())
     assert "the same to the last bit" in (with_captions / "report.html").read_text()
     assert (with_captions / "checkpoints" / "distillation" / "last.ckpt").stat().st_size < 1e6
+
+
+def test_clips_are_told_of_with_both_modes(with_clips: Path) -> None:
+    assert {path.name for path in with_clips.iterdir()} == WRITTEN | {"image.safetensors", "samples.gif"}
+    points = read_csv(with_clips / "curve.csv")
+    assert {point.series for point in points} == {SPATIAL, TEMPORAL, MIXTURE, "weak last", "fewer steps"}
+    assert len(points) == 2 * (3 + 3 + 1 + 1 + 1)
+    assert all(None not in (p.agreement, p.frechet_frames, p.flicker, p.smoothness) for p in points)
+    page = (with_clips / "report.html").read_text()
+    assert "data:image/gif;base64," in page and "the same to the last bit" in page
+
+
+def test_the_clips_student_has_its_target_and_an_adapter_for_each_mode(with_clips: Path) -> None:
+    target, student = (load_checkpoint(with_clips / f"{name}.safetensors") for name in ("target", "student"))
+    base = {name.replace(".base_layer.", "."): tensor for name, tensor in student.state_dict().items()}
+    assert all(torch.equal(base[name], tensor) for name, tensor in target.state_dict().items())
+    assert [size.name for size in student.patch_sizes] == ["1x4x4", "2x4x4", "1x8x8"]
+
+
+def test_mixtures_use_every_step_of_the_full_budget() -> None:
+    settings = TextToVideoSettings()
+    target = create_model("VideoDiT-Tiny", **settings.variant_overrides())
+    model = flexify(target, [settings.temporal_patch_size, settings.weak_patch_size], "lora", rank=2)
+    counts = {len(candidate.schedule) for candidate in clip_schedules(model, settings) if candidate.series == MIXTURE}
+    assert counts == {settings.num_sampling_steps}
 
 
 def test_a_second_run_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
@@ -158,10 +200,7 @@ def test_another_runs_folder_is_refused(finished: Path, capsys: pytest.CaptureFi
 def test_json_is_all_that_standard_output_gets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "flexidit.commands.quickstart.settings.ClassConditionalSettings",
-        lambda seed: replace(TOY, num_seeds=1, seed=seed),
-    )
+    monkeypatch.setitem(SETTINGS, "class-conditional", lambda seed: replace(TOY, num_seeds=1, seed=seed))  # type: ignore[arg-type]
     assert main(["quickstart", "--out", str(tmp_path / "run"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["series"] for row in rows] == ["weak first"] * 3 + ["weak last", "fewer steps"]
@@ -176,7 +215,7 @@ def student() -> FlexiTransformer:
 def test_ways_to_save_are_compared_at_equal_cost(student: FlexiTransformer) -> None:
     settings = ClassConditionalSettings()
     by_series: dict[str, dict[float, float]] = {"weak first": {}, "weak last": {}, "fewer steps": {}}
-    for candidate in schedules(student, settings):
+    for candidate in image_schedules(student, settings):
         by_series[candidate.series][candidate.budget] = schedule_cost(student, candidate.schedule).total
     for budget, cost in by_series["weak last"].items():
         assert cost == by_series["weak first"][budget]
@@ -190,5 +229,5 @@ def test_lines_of_the_plot_begin_and_end_together(finished: Path) -> None:
 
 
 def test_real_digits_are_close_to_real_digits() -> None:
-    few, many = (Judge.train(replace(TOY, num_samples=count)) for count in (100, 1000))
+    few, many = (image_judge(replace(TOY, num_samples=count)) for count in (100, 1000))
     assert 0.0 < many.floor < few.floor < 0.5
