@@ -189,7 +189,8 @@ def worker(folder: Path, part: str) -> None:
 
 def launch(folder: Path, part: str, num_processes: int) -> subprocess.Popen[str]:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    return subprocess.Popen([*run, __file__, str(folder), part], stderr=subprocess.PIPE, text=True)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads than cores would wait for one another
+    return subprocess.Popen([*run, __file__, str(folder), part], stderr=subprocess.PIPE, text=True, env=alone)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
