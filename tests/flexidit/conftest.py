@@ -104,6 +104,7 @@ def wan_pipeline(tmp_path_factory: pytest.TempPathFactory, umt5: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
 def noise_frames() -> np.ndarray:
     """Twenty different frames of noise: (20, 32, 48, 3) uint8."""
     return np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
