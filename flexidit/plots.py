@@ -175,17 +175,23 @@ def _draw_series(axes: Any, name: str, spots: Sequence[Spot], colour: str) -> _E
 
 
 def _label_ends(axes: Any, ends: list[_End]) -> None:
-    """Write each line's name in its colour: in the margin, names moved apart, or above an end short of the margin."""
+    """Write each line's name in its colour: in the margin, names moved apart; a single short end above itself."""
     (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
-    spacing = 0.055 * (high - low)
+    spacing = 0.06 * (high - low)
+    short = [end for end in ends if abs(right - end[0]) > 0.1 * abs(right - left)]
+    if len(short) == 1:
+        ((x, y, name, colour),) = short
+        axes.annotate(name, (x, y), (4, 8), textcoords="offset points", color=colour, ha="right", fontsize=10)
+        ends = [end for end in ends if end not in short]
     height = low - spacing
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        if abs(right - x) > 0.1 * abs(right - left):
-            axes.annotate(name, (x, y), (4, 8), textcoords="offset points", color=colour, ha="right", fontsize=10)
-            continue
-        height = max(y, height + spacing)
+    for place_left, (_, y, name, colour) in zip(range(len(ends), 0, -1), sorted(ends, key=_height), strict=True):
+        height = max(min(y, high - spacing * (place_left - 1)), height + spacing)
         place = {"xycoords": axes.get_yaxis_transform(), "annotation_clip": False, "va": "center", "fontsize": 10}
         axes.annotate(name, (1.02, height), color=colour, **place)
+
+
+def _height(end: _End) -> float:
+    return end[1]
 
 
 def _spots(points: Iterable[CurvePoint], field: str, against: Against) -> list[Spot]:

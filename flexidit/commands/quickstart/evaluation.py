@@ -11,6 +11,7 @@ from flexidit.commands.quickstart.judge import Judge
 from flexidit.commands.quickstart.recipe import Recipe
 from flexidit.latents import PixelCodec
 from flexidit.metrics.curve import Evaluation, SamplingSettings
+from flexidit.metrics.curve_candidates import MIXTURE
 from flexidit.metrics.curve_points import CurvePoint, read_csv, write_csv
 
 
@@ -57,7 +58,7 @@ def with_shared_ends(points: Sequence[CurvePoint]) -> list[CurvePoint]:
     full = [point for point in points if point.relative_flops == max(costs)]
     weak = [point for point in points if point.relative_flops == min(costs)]
     known = {point.series for point in full}
-    others = [name for name in dict.fromkeys(point.series for point in points) if name not in known]
+    others = [name for name in dict.fromkeys(point.series for point in points) if name not in (*known, MIXTURE)]
     shared = [replace(point, series=name) for name in others for point in _once_a_seed(full)]
     return [*points, *shared, *(replace(point, series="weak last") for point in weak)]
 

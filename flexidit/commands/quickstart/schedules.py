@@ -6,10 +6,10 @@ from typing import Any
 
 from flexidit.commands.quickstart.settings import QuickstartSettings, TextToVideoSettings
 from flexidit.flops import schedule_cost
-from flexidit.metrics.curve_candidates import Candidate
+from flexidit.metrics.curve_candidates import MIXTURE, Candidate
 from flexidit.sampling.schedule import PatchSchedule
 
-SPATIAL, TEMPORAL, MIXTURE = "spatial first", "temporal first", "both modes"
+SPATIAL, TEMPORAL = "spatial first", "temporal first"
 
 
 def image_schedules(model: Any, settings: QuickstartSettings) -> list[Candidate]:

@@ -49,11 +49,15 @@ class Row:
             f"{self.relative_flops:.0%}",
             _steps_in_short(self.schedule, self.is_clip),
             f"{self.milliseconds:.1f}",
-            f"{self.frechet:.2f}",
-            f"{self.lowest:.2f}-{self.highest:.2f}",
+            _distance(self.frechet),
+            f"{_distance(self.lowest)}-{_distance(self.highest)}",
             f"{self.accuracy:.1%}",
             *caption,
         )
+
+
+def _distance(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def _steps_in_short(schedule: str, is_clip: bool) -> str:
@@ -97,7 +101,7 @@ def print_table(points: Sequence[CurvePoint], floor: float, recipe: Recipe[Any],
     """The table, and what its numbers are."""
     grid = Table(title="Quality against compute", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in _headings(recipe):
-        grid.add_column(name, justify="left" if name == HEADINGS[0] else "right", no_wrap=True)
+        grid.add_column(name, justify="left" if name == HEADINGS[0] else "right", no_wrap=name != HEADINGS[2])
     previous = ""
     for row in rows(points):
         if previous and row.series != previous:
@@ -167,9 +171,9 @@ def _summary(table: Sequence[Row]) -> str:
     cheapest, weakest = (min(some, key=lambda row: row.relative_flops) for some in (good, first))
     return (
         f"One small transformer, several patch sizes. With large patches first and small ones later it reaches a "
-        f"Frechet distance of {cheapest.frechet:.2f}{_in_agreement(cheapest)} at {cheapest.relative_flops:.0%} of the "
-        f"compute; at full compute it is {full.frechet:.2f}{_in_agreement(full)}, with large patches only "
-        f"{weakest.frechet:.2f}{_in_agreement(weakest)}."
+        f"Frechet distance of {_distance(cheapest.frechet)}{_in_agreement(cheapest)} at "
+        f"{cheapest.relative_flops:.0%} of the compute; at full compute it is {_distance(full.frechet)}{_in_agreement(full)}, with large patches only "
+        f"{_distance(weakest.frechet)}{_in_agreement(weakest)}."
     )
 
 

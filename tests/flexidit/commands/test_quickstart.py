@@ -15,7 +15,7 @@ from flexidit.cli import main
 from flexidit.commands.quickstart import tell
 from flexidit.commands.quickstart.evaluation import with_shared_ends
 from flexidit.commands.quickstart.judge import image_judge
-from flexidit.commands.quickstart.schedules import MIXTURE, SPATIAL, TEMPORAL, clip_schedules, image_schedules
+from flexidit.commands.quickstart.schedules import SPATIAL, TEMPORAL, clip_schedules, image_schedules
 from flexidit.commands.quickstart.settings import (
     SETTINGS,
     ClassConditionalSettings,
@@ -26,7 +26,7 @@ from flexidit.commands.quickstart.settings import (
 )
 from flexidit.flops import schedule_cost
 from flexidit.metrics.curve import Evaluation
-from flexidit.metrics.curve_candidates import Candidate
+from flexidit.metrics.curve_candidates import MIXTURE, Candidate
 from flexidit.metrics.curve_points import CurvePoint, read_csv
 from flexidit.models import FlexiTransformer
 from flexidit.recipes import flexify
