@@ -176,7 +176,7 @@ def test_a_recipe_s_model_exists(path: Path) -> None:
             "text_to_video_pretrain",
             "text_to_video_distill",
             "runs/quickstart_text_to_video_distill",
-            "1x4x4 2x4x4 1x8x8",
+            "1x4x4 2x4x4 1x6x6",
         ),
     ],
 )

@@ -94,41 +94,41 @@ class TextToImageSettings(QuickstartSettings):
 class TextToVideoSettings(QuickstartSettings):
     """Moving digits with captions: an image model, inflated to clips, with a temporal and a spatial weak mode.
 
-    Patches of 4x4 pixels here are what patches of 2x2 latents are to a video autoencoder of small downscale: a
-    sixteenth of a frame.
+    Patches of 4x4 pixels here are what patches of 2x2 latents are elsewhere: a ninth of a frame. Larger ones cover half
+    of a side, or two frames.
     """
 
     recipe = "text-to-video"
     has_captions = True
 
-    canvas_size: int = 16
+    canvas_size: int = 12
     num_frames: int = 8
     patch_size: int | str = "1x4x4"
     temporal_patch_size: str = "2x4x4"
-    weak_patch_size: int | str = "1x8x8"
+    weak_patch_size: int | str = "1x6x6"
     """The spatial weak mode."""
 
-    image_steps: int = 1500
+    image_steps: int = 800
     """Of single frames, which are an eighth of the tokens, before the model sees clips."""
     image_batch_size: int = 64
     image_lr: float = 3e-3
     batch_size: int = 32
-    pretraining_steps: int = 500
+    pretraining_steps: int = 1500
     pretraining_lr: float = 2e-3
-    distillation_steps: int = 400
+    distillation_steps: int = 800
     distillation_lr: float = 4e-3
     rank: int = 16
 
-    num_sampling_steps: int = 24
+    num_sampling_steps: int = 16
     cfg_scale: float = 2.0
-    num_samples: int = 100
+    num_samples: int = 200
     sampling_batch_size: int = 25
     num_seeds: int = 2
-    weak_steps: tuple[int, ...] = (0, 6, 12, 18, 24)
+    weak_steps: tuple[int, ...] = (0, 4, 8, 12, 16)
     """Of each weak mode."""
-    mixtures: tuple[str, ...] = ("1x8x8:6,2x4x4:6,1x4x4:12", "1x8x8:12,2x4x4:6,1x4x4:6")
+    mixtures: tuple[str, ...] = ("1x6x6:4,2x4x4:4,1x4x4:8", "1x6x6:8,2x4x4:4,1x4x4:4")
     """Schedules with both weak modes."""
-    compared_weak_steps: tuple[int, ...] = (18,)
+    compared_weak_steps: tuple[int, ...] = (12,)
     """Spatially weak steps of what is compared with weak-last and with fewer steps."""
 
     def variant_overrides(self) -> dict[str, Any]:

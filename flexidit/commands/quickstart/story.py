@@ -172,7 +172,8 @@ def _summary(table: Sequence[Row]) -> str:
     return (
         f"One small transformer, several patch sizes. With large patches first and small ones later it reaches a "
         f"Frechet distance of {_distance(cheapest.frechet)}{_in_agreement(cheapest)} at "
-        f"{cheapest.relative_flops:.0%} of the compute; at full compute it is {_distance(full.frechet)}{_in_agreement(full)}, with large patches only "
+        f"{cheapest.relative_flops:.0%} of the compute; at full compute it is "
+        f"{_distance(full.frechet)}{_in_agreement(full)}, with large patches only "
         f"{_distance(weakest.frechet)}{_in_agreement(weakest)}."
     )
 

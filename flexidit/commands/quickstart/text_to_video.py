@@ -140,8 +140,8 @@ class TextToVideoRecipe(Recipe[TextToVideoSettings]):
             f"A text-conditional transformer ({settings.depth} layers, width {settings.hidden_size}, rectified flow) "
             f"learned single frames with patches of {base}: {settings.image_steps} steps. Its weights were inflated to "
             f"clips, whose tokens all attend to one another, and trained on: {settings.pretraining_steps} steps.",
-            f"Two adapters of rank {settings.rank}, for patches of {temporal} (half of the tokens) and {spatial} (a "
-            "quarter), each with an embedding and a de-embedding of its own, were distilled from the frozen model's "
+            f"Two adapters of rank {settings.rank}, for patches of {temporal} (half of the tokens) and {spatial} (four "
+            "of nine), each with an embedding and a de-embedding of its own, were distilled from the frozen model's "
             f"own predictions: {settings.distillation_steps} steps, one mode a step.",
         ]
 
