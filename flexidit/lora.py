@@ -8,6 +8,7 @@ read once, at start-up.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,8 +35,10 @@ def add_adapters(model: FlexiTransformer, patch_sizes: Sequence[PatchSize], *, r
         raise ValueError(f"the rank of an adapter is at least 1, got {rank}")
     blocks, targets = model.blocks, list(model.adapted_layers)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)  # type: ignore[arg-type]
-    for size in patch_sizes:
-        inject_adapter_in_model(config, blocks, adapter_name=size.name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # several are what is wanted
+        for size in patch_sizes:
+            inject_adapter_in_model(config, blocks, adapter_name=size.name)
     for layer in adapted_layers(blocks):
         layer.base_layer.requires_grad_(False)
         for factors in (layer.lora_A, layer.lora_B):

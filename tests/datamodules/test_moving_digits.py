@@ -74,6 +74,19 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_digit(data: MovingDigitsD
     assert not other.dataset.__getitems__(draws)["x"].equal(batch["x"])
 
 
+def test_single_frames_are_frames_of_the_same_clips(data: MovingDigitsDataModule) -> None:
+    images = MovingDigitsDataModule(batch_size=100, single_frames=True)
+    images.setup()
+    assert images.sample_shape == (1, 16, 16)
+    draws = [Draw(sample, epoch) for epoch in (0, 1, 2) for sample in (5, 9, 700)]
+    clips, frames = (one.dataset.__getitems__(draws) for one in (data, images))
+    assert frames["x"].shape == (9, 1, 16, 16) and frames["y"].embeddings.equal(clips["y"].embeddings)
+    match = (clips["x"] == frames["x"].unsqueeze(2)).flatten(3).all(3).squeeze(1)  # (N, F)
+    assert match.any(1).all() and len(set(match.int().argmax(1).tolist())) > 1
+    again = images.dataset.__getitems__(draws)["x"]
+    assert again.equal(frames["x"])
+
+
 def test_a_resume_in_mid_epoch_continues_exactly() -> None:
     whole = MovingDigitsDataModule(batch_size=200, caption_length=16)
     loader = whole.train_dataloader()

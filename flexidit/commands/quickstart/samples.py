@@ -53,7 +53,7 @@ def draw_clips(
     clips = torch.stack([_sample(model, candidate, settings, y) for candidate in candidates], dim=1)  # (N, K, C, F, ..)
     names = [f"{candidate.budget:.0%} of the FLOPs" for candidate in candidates]
     rows = [
-        ClipRow(clip, f"{name}, {candidate.series}", f'"{text}"')
+        ClipRow(clip, name if candidate.budget == 1 else f"{name}, {candidate.series}", f'"{text}"')
         for text, own in zip(texts, clips, strict=True)
         for name, candidate, clip in zip(names, candidates, own, strict=True)
     ]

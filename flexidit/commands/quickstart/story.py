@@ -50,7 +50,7 @@ class Row:
             _steps_in_short(self.schedule, self.is_clip),
             f"{self.milliseconds:.1f}",
             _distance(self.frechet),
-            f"{_distance(self.lowest)}-{_distance(self.highest)}",
+            _range(self.lowest, self.highest),
             f"{self.accuracy:.1%}",
             *caption,
         )
@@ -58,6 +58,10 @@ class Row:
 
 def _distance(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _range(lowest: float, highest: float) -> str:
+    return f"{lowest:.0f}-{highest:.0f}" if highest >= 100 else f"{lowest:.2f}-{highest:.2f}"
 
 
 def _steps_in_short(schedule: str, is_clip: bool) -> str:

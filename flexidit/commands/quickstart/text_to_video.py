@@ -11,13 +11,14 @@ from datamodules.moving_digits import MovingDigitsDataModule
 from flexidit.commands.quickstart.judge import Judge, clip_judge
 from flexidit.commands.quickstart.recipe import Recipe, Stage
 from flexidit.commands.quickstart.samples import base_is_target, draw_clips
-from flexidit.commands.quickstart.schedules import clip_schedules
+from flexidit.commands.quickstart.schedules import SPATIAL, TEMPORAL, clip_schedules
 from flexidit.commands.quickstart.settings import TextToVideoSettings
 from flexidit.merged import MergedModel
-from flexidit.metrics.curve_candidates import Candidate
+from flexidit.metrics.curve_candidates import MIXTURE, Candidate
 from flexidit.metrics.judges import ClipMotion, MovingDigitAgreement
 from flexidit.metrics.moving_digits import moving_prompts
 from flexidit.metrics.prompts import Prompts
+from flexidit.patch_size import PatchSize
 from flexidit.text import WordEncoder
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
@@ -117,11 +118,12 @@ class TextToVideoRecipe(Recipe[TextToVideoSettings]):
         return (MovingDigitAgreement(judge.classifier.logits), ClipMotion())
 
     def draw_samples(self, model: Any, out: Path) -> list[str]:
-        """Two captions at the full budget, and with each way to save."""
+        """Two captions at the full budget, and with the strongest saving of each kind that ends with small patches."""
         found = self.schedules(model)
-        chosen = {candidate.series: candidate for candidate in found if 0.3 < candidate.budget < 0.8}
-        full = max(found, key=lambda candidate: candidate.budget)
-        candidates = [full, *(one for name, one in chosen.items() if name not in ("weak last", "fewer steps"))]
+        base = PatchSize.parse(self.settings.patch_size)
+        refined = [one for one in found if one.budget < 1 and one.schedule.steps[-1].cond == base]
+        strongest = {one.series: one for one in refined if one.series in (SPATIAL, TEMPORAL, MIXTURE)}
+        candidates = [max(found, key=lambda one: one.budget), *strongest.values()]
         draw_clips(model, candidates, self.settings, self.encoder.encode(_PICTURED), _PICTURED, out)
         return ["samples.gif", "samples.png"]
 
