@@ -1,0 +1,46 @@
+"""Records the loss of every batch of every rank, and does to a rank at a given moment what the test asks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+
+class Probe(Callback):
+    """Appends to ``losses_rank0.txt``: step, loss to the last bit. Acts on ``$FAULT``.
+
+    That is JSON: ``when`` ("train" or "validation"), ``step``, ``batch`` (of the step, or of the validation),
+    ``ranks``, and ``what``: a signal's name, or "raise".
+    """
+
+    def __init__(self) -> None:
+        self.fault: dict[str, Any] = json.loads(os.environ.get("FAULT", "{}"))
+        self.num_batches = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step != getattr(self, "step", None):
+            self.step, self.num_batches = trainer.global_step, 0
+        self.act(trainer, "train", self.num_batches)
+        self.num_batches += 1
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.act(trainer, "validation", args[2])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
+        with Path(trainer.default_root_dir, f"losses_rank{trainer.global_rank}.txt").open("a") as file:
+            file.write(f"{self.step} {float(outputs['loss']).hex()}\n")
+
+    def act(self, trainer: pl.Trainer, when: str, batch: int) -> None:
+        fault = self.fault
+        if not fault or (fault["when"], fault["step"], fault["batch"]) != (when, trainer.global_step, batch):
+            return
+        if trainer.global_rank in fault["ranks"]:
+            if fault["what"] == "raise":
+                raise RuntimeError("the batch is cursed")
+            os.kill(os.getpid(), signal.Signals[fault["what"]])
