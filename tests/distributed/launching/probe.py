@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ class Probe(Callback):
     """Appends to ``losses_rank0.txt``: step, loss to the last bit. Acts on ``$FAULT``.
 
     That is JSON: ``when`` ("train" or "validation"), ``step``, ``batch`` (of the step, or of the validation),
-    ``ranks``, and ``what``: a signal's name, or "raise".
+    ``ranks``, and ``what``: a signal's name, "raise", or "wait" until the file ``for`` exists.
     """
 
     def __init__(self) -> None:
@@ -43,4 +44,15 @@ class Probe(Callback):
         if trainer.global_rank in fault["ranks"]:
             if fault["what"] == "raise":
                 raise RuntimeError("the batch is cursed")
+            if fault["what"] == "wait":
+                wait_for(Path(fault["for"]), Path(trainer.default_root_dir, "waiting.txt"))
+                return
             os.kill(os.getpid(), signal.Signals[fault["what"]])
+
+
+def wait_for(path: Path, sign: Path) -> None:
+    """Return when the file exists; the sign says that somebody waits for it."""
+    sign.touch()
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
