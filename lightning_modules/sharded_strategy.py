@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Literal
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -59,4 +59,9 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self._timeout is not None
         for axis in ("data_parallel", "tensor_parallel"):
             # The mesh's own groups would have torch's default: gathering would wait longer than was asked for.
-            _set_pg_timeout(self._timeout, self.device_mesh.get_group(axis))
+            _set_timeout(self._timeout, self.device_mesh.get_group(axis))
+
+
+def _set_timeout(timeout: timedelta, group: torch.distributed.ProcessGroup) -> None:
+    public = getattr(torch.distributed, "set_timeout", None)  # not in every torch that works here
+    (public or torch.distributed.distributed_c10d._set_pg_timeout)(timeout, group)

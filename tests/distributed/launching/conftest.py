@@ -139,6 +139,11 @@ def ranks(world_size: int) -> list[dict[str, str]]:
     return [{**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
+@pytest.fixture(scope="session", name="free_port")
+def _free_port() -> Callable[[], int]:
+    return free_port
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     server = Server()

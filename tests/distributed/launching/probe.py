@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor
 
 
 class Probe(Callback):
-    """Appends to ``losses_rank0.txt``: step, loss to the last bit. Acts on ``$FAULT``.
+    """Appends to ``losses_rank0.txt``: step, loss to the last bit. Says where weights are. Acts on ``$FAULT``.
 
     That is JSON: ``when`` ("train" or "validation"), ``step``, ``batch`` (of the step, or of the validation),
     ``ranks``, and ``what``: a signal's name, "raise", or "wait" until the file ``for`` exists.
@@ -22,7 +24,16 @@ class Probe(Callback):
 
     def __init__(self) -> None:
         self.fault: dict[str, Any] = json.loads(os.environ.get("FAULT", "{}"))
-        self.num_batches = 0
+        self.num_batches = self.num_broadcasts = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        original = torch.distributed.broadcast
+
+        def counted(*args: Any, **options: Any) -> Any:
+            self.num_broadcasts += 1
+            return original(*args, **options)
+
+        torch.distributed.broadcast = counted
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if trainer.global_step != getattr(self, "step", None):
@@ -36,6 +47,16 @@ class Probe(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
         with Path(trainer.default_root_dir, f"losses_rank{trainer.global_rank}.txt").open("a") as file:
             file.write(f"{self.step} {float(outputs['loss']).hex()}\n")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weight = next(pl_module.parameters())
+        if isinstance(weight, DTensor):
+            kinds = " ".join(type(placement).__name__.strip("_") for placement in weight.placements)
+            place = Path(trainer.default_root_dir, f"placement_rank{trainer.global_rank}.txt")
+            groups = weight.device_mesh.get_all_groups()
+            timeouts = {group._get_backend(weight.device).options._timeout for group in groups}
+            place.write_text(f"{weight.device_mesh.mesh.tolist()} {kinds} {' '.join(map(str, timeouts))}")
+        Path(trainer.default_root_dir, f"broadcasts_rank{trainer.global_rank}.txt").write_text(str(self.num_broadcasts))
 
     def act(self, trainer: pl.Trainer, when: str, batch: int) -> None:
         fault = self.fault
