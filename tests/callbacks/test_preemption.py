@@ -132,6 +132,21 @@ def test_the_next_checkpoint_replaces_that_of_the_signal(tmp_path: Path) -> None
     assert saved_step(tmp_path / "last.ckpt") == 6
 
 
+def test_a_signal_before_the_first_step_leaves_nothing_new(tmp_path: Path) -> None:
+    class Check(Callback):
+        def on_validation_batch_start(self, *args: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=6, logger=False, num_sanity_val_steps=1, enable_progress_bar=False,
+        callbacks=[Check(), Preemption(), ModelCheckpoint(tmp_path, save_last=True)],
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        trainer.fit(BoringModel())
+    assert stop.value.code == PREEMPTED
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_saver_the_user_is_told(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=100, save_top_k=0, save_last=False)
     with pytest.warns(UserWarning, match="save_last: true"), pytest.raises(SystemExit):

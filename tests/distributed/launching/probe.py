@@ -19,7 +19,8 @@ class Probe(Callback):
     """Appends to ``losses_rank0.txt``: step, loss to the last bit. Says where weights are. Acts on ``$FAULT``.
 
     That is JSON: ``when`` ("train" or "validation"), ``step``, ``batch`` (of the step, or of the validation),
-    ``ranks``, and ``what``: a signal's name, "raise", or "wait" until the file ``for`` exists.
+    ``ranks``, and ``what``: a signal's name, "raise", or "wait" until the file ``for`` exists. With ``hangs`` the end
+    after an error takes for ever, as it may where a device waits for another rank.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,10 @@ class Probe(Callback):
             timeouts = {group._get_backend(weight.device).options._timeout for group in groups}
             place.write_text(f"{weight.device_mesh.mesh.tolist()} {kinds} {' '.join(map(str, timeouts))}")
         Path(trainer.default_root_dir, f"broadcasts_rank{trainer.global_rank}.txt").write_text(str(self.num_broadcasts))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.fault.get("hangs"):
+            time.sleep(1000)
 
     def act(self, trainer: pl.Trainer, when: str, batch: int) -> None:
         fault = self.fault

@@ -20,11 +20,13 @@ BOUND = 30
 
 
 def ended(
-    folder: Path, fit: Any, write_config: Callable[..., Path], trainer: dict[str, Any], fault: dict[str, Any]
-) -> list[tuple[int | None, str]]:
+    folder: Path, fit: Any, write_config: Callable[..., Path], trainer: dict[str, Any], fault: dict[str, Any],
+    *options: str,
+) -> list[tuple[int | None, str]]:  # fmt: skip
     write_config(folder, **trainer)
     start = time.monotonic()
-    outcome = fit(folder, world_size=2, fault={"when": "train", "step": 2, "batch": 0, **fault}, timeout=BOUND)
+    fault = {"when": "train", "step": 2, "batch": 0, **fault}
+    outcome = fit(folder, *options, world_size=2, fault=fault, timeout=BOUND)
     assert time.monotonic() - start < BOUND
     return outcome
 
@@ -67,3 +69,11 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout(tmp_path: Path, fit
     outcome = ended(tmp_path, fit, write_config, trainer, {"ranks": [1], "what": "SIGSTOP"})
     assert [code for code, _ in outcome] == [1, 1], outcome
     assert "imed out" in (tmp_path / "run" / "errors" / "rank000.txt").read_text()
+
+
+def test_cleaning_up_after_an_error_has_a_bound(tmp_path: Path, fit: Any, write_config: Any) -> None:
+    options = ["--trainer.callbacks+=callbacks.rank_errors.RankErrors", "--trainer.callbacks.exit_after=3"]
+    fault = {"ranks": [1], "what": "raise", "hangs": True}
+    outcome = ended(tmp_path, fit, write_config, TRAINERS["copies"], fault, *options)
+    assert [code for code, _ in outcome] == [1, 1], outcome
+    assert "the batch is cursed" in (tmp_path / "run" / "errors" / "rank000.txt").read_text()

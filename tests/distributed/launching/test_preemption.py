@@ -35,6 +35,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., 
 CASES = {
     "one process, in a step": (1, {}, {"when": "train", "step": 4, "ranks": [0], "what": "SIGTERM"}),
     "the step before a validation": (1, {}, {"when": "train", "step": 5, "ranks": [0], "what": "SIGUSR1"}),
+    "the last step of an epoch": (
+        1, {"limit_train_batches": 4}, {"when": "train", "step": 3, "ranks": [0], "what": "SIGTERM"}
+    ),
     "in a validation": (1, {}, {"when": "validation", "step": 3, "ranks": [0], "what": "SIGTERM"}),
     "while gradients accumulate": (
         1, {"accumulate_grad_batches": 2}, {"when": "train", "step": 2, "ranks": [0], "what": "SIGTERM"}
