@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from flexidit.commands.endings import blaming_the_first, with_endings
 from flexidit.weight_files import check_pickle
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
 
@@ -64,7 +65,13 @@ class CLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(StreamingCheckpointIO())
-        return super().instantiate_trainer(**{**kwargs, "plugins": plugins})
+        callbacks = with_endings(self._get(self.config_init, "trainer.callbacks"))
+        return super().instantiate_trainer(**{**kwargs, "plugins": plugins, "callbacks": callbacks})
+
+    def fit(self, **kwargs: Any) -> None:
+        """Lightning's ``fit``, whose errors name the rank that failed first."""
+        with blaming_the_first(self.trainer, "fit"):
+            self.trainer.fit(**kwargs)
 
     def before_instantiate_classes(self) -> None:
         # Lightning would notice only after the model has been built.

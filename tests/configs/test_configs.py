@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 
 from callbacks.ema import EMA
+from callbacks.preemption import Preemption
+from callbacks.rank_errors import RankErrors
 from flexidit import create_model, load_checkpoint
 from flexidit.cli import main
 from flexidit.commands.training import CLI
@@ -23,10 +26,18 @@ from flexidit.variants import variant_config
 from lightning_modules.base import DiffusionModule
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
 from lightning_modules.settings import TargetSettings
+from lightning_modules.sharded_strategy import ShardedStrategy
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "trainer")
 TRAINERS = sorted((CONFIGS / "trainer").glob("*.yaml"))
+STRATEGIES = {
+    "cpu": (SingleDeviceStrategy, None),
+    "ddp": (DDPStrategy, None),
+    "fsdp": (ShardedStrategy, "job"),
+    "hsdp": (ShardedStrategy, "node"),
+    "slurm": (SingleDeviceStrategy, None),  # comes after one of the others
+}
 XL2 = CONFIGS / "imagenet" / "class_conditional_xl2.yaml"
 
 
@@ -97,10 +108,16 @@ def test_a_recipe_is_complete(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
 def test_any_trainer_config_follows_any_recipe(path: Path, trainer_config: Path, tmp_path: Path) -> None:
     assert list(yaml.safe_load(trainer_config.read_text())) == ["trainer"]
-    strategy = parse(tmp_path, path, trainer_config).trainer.strategy
+    trainer = parse(tmp_path, path, trainer_config).trainer
+    strategy: Any = trainer.strategy
     assert isinstance(strategy.checkpoint_io, StreamingCheckpointIO)
-    expected = {"ddp": DDPStrategy, "fsdp": ModelParallelStrategy}.get(trainer_config.stem)
-    assert expected is None or isinstance(strategy, expected)
+    kind, shared = STRATEGIES[trainer_config.stem]
+    assert type(strategy) is kind
+    assert getattr(strategy, "shard_over", None) == shared
+    if isinstance(strategy, ParallelStrategy):
+        assert strategy._timeout == timedelta(minutes=30)
+    assert isinstance(trainer.callbacks[0], RankErrors)
+    assert [type(callback) for callback in trainer.callbacks].count(Preemption) == 1
 
 
 def test_the_xl_recipe_is_table_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
