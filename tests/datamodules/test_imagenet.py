@@ -38,7 +38,7 @@ def test_encoding_on_the_fly_equals_stored_latents(image_folder, latents, kl_vae
 def test_pixels_without_a_vae(image_folder):
     data = ImageNetDataModule(str(image_folder), **COMMON)
     batch = batches(data, data.train_dataloader())[0]
-    assert set(batch) == {"x", "y"}
+    assert set(batch) == {"x", "y", "names"}
     assert batch["x"].shape == (4, *data.sample_shape) == (4, 3, 16, 16)
 
 
@@ -101,7 +101,7 @@ def test_tars_train_and_validate(image_folder, kl_vae, tmp_path):
     write_tars(image_folder, tmp_path / "tars")
     data = ImageNetDataModule(str(tmp_path / "tars"), val=str(tmp_path / "tars"), vae=str(kl_vae), **COMMON)
     train = batches(data, data.train_dataloader())
-    assert [set(batch) for batch in train] == [{"x", "y"}] * 3
+    assert [set(batch) for batch in train] == [{"x", "y", "names"}] * 3
     assert train[0]["x"].shape == (4, 4, 4, 4)
     assert sorted(label for batch in data.val_dataloader() for label in batch["y"].tolist()) == sorted([0, 1, 2] * 4)
     with pytest.raises(ValueError, match="cannot hold out"):
@@ -120,7 +120,7 @@ class Model(L.LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        assert set(batch) == {"x", "y"}
+        assert set(batch) == {"x", "y", "names"}
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
