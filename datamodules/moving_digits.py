@@ -67,8 +67,8 @@ class MovingDigitsDataModule(CaptionedDigitsDataModule):
     """Clips of real handwritten digits in pixel space with true captions.
 
     Batches are ``{"x": (N, 1, F, S, S), "y": Captions, "names": N strings}``, with values in [-1, 1]. In every epoch
-    each digit moves in another way, which is a pure function of (seed, epoch, digit), and its caption is phrased anew; validation always
-    sees the same clips. What captions mean stands in :mod:`flexidit.moving_digits`.
+    each digit moves in another way, which is a pure function of (seed, epoch, digit), and its caption is phrased anew;
+    validation always sees the same clips. What captions mean stands in :mod:`flexidit.moving_digits`.
 
     Args:
         canvas_size: S.
