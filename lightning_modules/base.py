@@ -68,7 +68,7 @@ class DiffusionModule(LightningModule, ABC):
     error of the velocity (:mod:`flexidit.diffusion.flow`).
 
     Subclasses say what the model is, in :meth:`build_model`. Batches are ``{"x": (N, C, H, W), "y": N conditions}``:
-    labels (N,), or :class:`Captions`.
+    labels (N,), or :class:`Captions`; with ``names``, N strings, their samples can be named.
 
     A checkpoint holds all weights. Where the base is frozen (recipe "lora") and comes from ``target.checkpoint``, it
     holds what trains, and says which base that belongs to (:mod:`lightning_modules.trained_state`).
