@@ -23,7 +23,9 @@ from datamodules.loading import (
 )
 from datamodules.tar_samples import TarSamples, TarTarget, count_samples, expand_tars
 from flexidit.draws import Draw, draw_noise
-from flexidit.latent_shards import METADATA_FILE, OnError, make_fingerprint
+from flexidit.fingerprints import make_fingerprint
+from flexidit.latent_metadata import METADATA_FILE
+from flexidit.latent_shards import OnError
 from flexidit.latents import CodecDtype, LatentCodec, PixelCodec
 from flexidit.sample_readers import SampleReader
 from flexidit.skips import SkipReport

@@ -29,6 +29,7 @@ from flexidit.captioned_images import CaptionedIndex
 from flexidit.conditions import Captions
 from flexidit.draws import Draw, draw_choice
 from flexidit.files import write_atomically
+from flexidit.fingerprints import fingerprint_differences
 from flexidit.latent_encoding import (
     Codec,
     CompanionRows,
@@ -38,7 +39,7 @@ from flexidit.latent_encoding import (
     encode_with,
     hash_lines,
 )
-from flexidit.latent_shards import OnError, StoredLatents, fingerprint_differences
+from flexidit.latent_shards import OnError, StoredLatents
 from flexidit.skips import Skip
 from flexidit.text import CaptionEncoder
 

@@ -2,7 +2,7 @@
 
 A folder of latents holds::
 
-    metadata.json             fingerprint, source, and one entry a shard (see :class:`Metadata`)
+    metadata.json             fingerprint, source, and one entry a shard (see ``latent_metadata.py``)
     shard-00000.safetensors   mean, mean_flip (N, Z, h, w); std, std_flip if the VAE is not deterministic;
                               index (N,) int64, position in the sorted list of source files; and what the model is
                               told beside the samples: label (N,) int64, or captions (see ``caption_shards.py``)
@@ -17,12 +17,10 @@ draws new latents and flips as training from pixels would. Files appear under th
 """
 
 import hashlib
-import json
 import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -33,111 +31,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flexidit.draws import Draw, draw_flip, draw_noise
-from flexidit.files import write_atomically
+from flexidit.fingerprints import check_fingerprint
+from flexidit.latent_metadata import Metadata, ShardEntry
 from flexidit.lost_shards import LostShards
 from flexidit.skips import SkipReport
 
-FORMAT = "flexidit-latents-1"
-METADATA_FILE = "metadata.json"
 OnError = Literal["skip", "raise"]
 _HINT = "run `flexidit encode` again to complete it, or set on_error to skip"
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ShardEntry:
-    """What the metadata says about one shard."""
-
-    file: str
-    count: int
-    bytes: int
-    sha256: str
-    channel_mean: list[float]
-    """Mean of the sampled latents per channel, in the model's scale."""
-    channel_std: list[float]
-    """Standard deviation of the sampled latents per channel, the VAE's own deviation included."""
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    """What was left out."""
-    truncated: list[dict[str, str]] = field(default_factory=list)
-    """Captions that lost their ends."""
-
-    def __post_init__(self) -> None:
-        if Path(self.file).name != self.file or not all(
-            isinstance(n, int) and n >= 0 for n in (self.count, self.bytes)
-        ):
-            raise ValueError(f"the shard {self.file!r} is no file of the folder, or has no count of samples and bytes")
-
-    def damage(self, root: Path) -> str | None:
-        """Why the file cannot be used, or None; looks at its size and not at its content."""
-        path = root / self.file
-        if not path.is_file():
-            return "missing"
-        if path.stat().st_size != self.bytes:
-            return f"cut or altered: {path.stat().st_size} of {self.bytes} bytes"
-        return None
-
-
-@dataclass
-class Metadata:
-    """Content of ``metadata.json``."""
-
-    fingerprint: dict[str, Any]
-    """What makes latents interchangeable: codec, sizes, crop, flips; of captioned ones the text encoder too."""
-    source: dict[str, Any]
-    """What was encoded, for continuing: number of files, hash of names with labels or captions, shard size, dtype."""
-    latent_shape: list[int]
-    complete: bool = False
-    shards: dict[str, ShardEntry] = field(default_factory=dict)
-    """By shard number, written as text."""
-
-    @classmethod
-    def load(cls, root: str | Path) -> "Metadata":
-        """Read it from a folder of latents.
-
-        Raises:
-            FileNotFoundError: if the folder holds no metadata.
-            ValueError: if the file is damaged or of another format.
-        """
-        path = Path(root) / METADATA_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"no latents in {root}: it has no {METADATA_FILE}; run `flexidit encode`")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format", None) != FORMAT:
-                raise ValueError(f"not of format {FORMAT}")
-            shards = {number: ShardEntry(**entry) for number, entry in content.pop("shards").items()}
-            return cls(**content, shards=shards)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is not readable as latent metadata ({error}): encode again") from error
-
-    def save(self, root: Path) -> None:
-        """Write it to a folder, atomically."""
-        content = {"format": FORMAT, **asdict(self)}
-        content["shards"] = dict(sorted(content["shards"].items(), key=lambda item: int(item[0])))
-        for entry in content["shards"].values():
-            if not entry["truncated"]:  # labels have none, and readers without captions do not know the field
-                del entry["truncated"]
-        text = json.dumps(content, indent=1)
-        write_atomically(root / METADATA_FILE, text.encode())
-
-    def entries(self) -> list[ShardEntry]:
-        """The shards in order."""
-        return [self.shards[number] for number in sorted(self.shards, key=int)]
-
-    @property
-    def num_samples(self) -> int:
-        """Samples that were encoded."""
-        return sum(entry.count for entry in self.shards.values())
-
-    def statistics(self) -> dict[str, list[float]]:
-        """Mean and standard deviation of the latents per channel, over all shards."""
-        entries = [entry for entry in self.entries() if entry.count]
-        count = torch.tensor([entry.count for entry in entries], dtype=torch.float64)[:, None]
-        mean = torch.tensor([entry.channel_mean for entry in entries], dtype=torch.float64)
-        std = torch.tensor([entry.channel_std for entry in entries], dtype=torch.float64)
-        total_mean = (count * mean).sum(0) / count.sum()
-        square = (count * (std.square() + mean.square())).sum(0) / count.sum()
-        return {"mean": total_mean.tolist(), "std": (square - total_mean.square()).clamp(min=0).sqrt().tolist()}
 
 
 def sha256_of(path: Path) -> str:
@@ -151,45 +52,6 @@ def _sha256(handle: Any) -> str:
     while chunk := handle.read(1 << 20):
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def make_fingerprint(codec: Mapping[str, Any], reader: Mapping[str, Any], *, has_flip: bool) -> dict[str, Any]:
-    """Fingerprint of a set of latents, of the codec's and the reader's."""
-    return {"codec": dict(codec), **reader, "has_flip": has_flip}
-
-
-def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Refuse latents that were made in another way than the run is configured for.
-
-    Args:
-        found: fingerprint of the latents.
-        expected: what the run is configured for; fields that it lacks are not compared.
-        where: name of the latents for the message.
-
-    Raises:
-        ValueError: naming the first field that differs, and both values.
-    """
-    for name, (theirs, ours) in fingerprint_differences(found, expected).items():
-        if name.endswith("_sha256") and name.startswith("names_and"):
-            raise ValueError(f"the latents in {where} are of other files, labels or captions: give another folder")
-        raise ValueError(
-            f"the latents in {where} were made with {name} = {theirs!r}, this run is configured for {ours!r}: "
-            "encode again, or configure the run as they were made"
-        )
-
-
-def fingerprint_differences(
-    found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = ""
-) -> dict[str, tuple[Any, Any]]:
-    """Fields of ``expected`` that differ, by dotted name, as (found, expected)."""
-    differences: dict[str, tuple[Any, Any]] = {}
-    for name, ours in expected.items():
-        theirs = found.get(name)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            differences |= fingerprint_differences(theirs, ours, f"{prefix}{name}.")
-        elif theirs != ours:
-            differences[prefix + name] = (theirs, ours)
-    return differences
 
 
 class StoredLatents(Dataset[Any]):
