@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 MAX_FILE_BYTES = 1 << 30
-"""Of an image or a clip; ``shuffle_buffer`` of them are held in memory."""
+"""Of an image or a clip, and of any member that is only passed over; ``shuffle_buffer`` of them are held in memory."""
 MAX_TEXT_BYTES = 1 << 20
 """Of a label or of captions."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -76,6 +76,11 @@ def member_fault(member: tarfile.TarInfo, limit: int | None = None) -> str | Non
     return None
 
 
+def _is_absurd(member: tarfile.TarInfo) -> bool:
+    """Whether it says to be so large that passing over it could take for ever, whatever is really there."""
+    return member.size > MAX_FILE_BYTES
+
+
 def suffixes_of(name: str) -> str:
     """What is after the first point of a member's last part, in lower case, as webdataset splits names."""
     return name.rpartition("/")[2].partition(".")[2].lower()
@@ -91,6 +96,10 @@ def _files(tar: str, limit: Limit, handle: Callable[[BrokenSampleError], bool]) 
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+                if _is_absurd(member):
+                    reason = f"has {member.size} bytes, {MAX_FILE_BYTES} are allowed: the rest of the tar is left out"
+                    handle(BrokenSampleError(f"{tar}: {member.name}", reason))
+                    return
                 if member.isdir() or _META.match(member.name):
                     continue
                 allowed = limit(suffixes_of(member.name))

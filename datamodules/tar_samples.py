@@ -247,6 +247,18 @@ class TarSamples(IterableDataset[dict[str, Any]]):
                 f"{max(1, num_workers)} workers): lower num_workers, or write more and smaller tars"
             )
 
+    def count_even_batches(self, batch_size: int, num_workers: int) -> int | None:
+        """Batches that each rank makes in an evaluation: as many as the rank with most has.
+
+        Otherwise one would wait for others in the middle of a sharded model. None if tars are not local files.
+        """
+        if any(_is_remote(tar) for tar in self.tars):
+            return None
+        sizes = {tar: count_samples([tar], self.target) for tar in self.tars}
+        workers = range(max(1, num_workers))
+        dealt = [[sizes[tar] for tar in self._dealt(self.tars, rank)] for rank in range(self.num_replicas)]
+        return max(sum(math.ceil(sum(own[worker :: len(workers)]) / batch_size) for worker in workers) for own in dealt)
+
     def _check_empty(self, empty: int) -> None:
         """Refuse tars without one usable sample, after some passes in a row that gave none.
 
@@ -263,7 +275,11 @@ class TarSamples(IterableDataset[dict[str, Any]]):
 
     def _has_tars(self) -> bool:
         info = get_worker_info()
-        return info is None or info.id < len(self.tars[self.rank :: self.num_replicas])
+        return info is None or info.id < len(self._dealt(self.tars, self.rank))
+
+    def _dealt(self, tars: list[str], rank: int) -> list[str]:
+        """Those of a rank; in evaluation there may be fewer than ranks, and some read the same."""
+        return tars[rank :: self.num_replicas] or [tars[rank % len(tars)]]
 
     def _pipeline(self, passes: int) -> Any:
         import webdataset as wds
@@ -271,7 +287,7 @@ class TarSamples(IterableDataset[dict[str, Any]]):
 
         rng = random.Random(f"{self.seed}/{self.epoch}/{passes}")  # the same on all ranks: they share one order
         tars = rng.sample(self.tars, len(self.tars)) if self.training else self.tars
-        mine = wds.split_by_worker(iter(tars[self.rank :: self.num_replicas]))
+        mine = wds.split_by_worker(iter(self._dealt(tars, self.rank)))
         stages = [partial(read_members, mine, self._limit, self._handle), partial(group_by_keys, handler=self._handle)]
         if self.training and self.shuffle_buffer > 1:
             stages.append(wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng))
