@@ -31,9 +31,8 @@ class ShardEntry:
     """Captions that lost their ends."""
 
     def __post_init__(self) -> None:
-        if Path(self.file).name != self.file or not all(
-            isinstance(n, int) and n >= 0 for n in (self.count, self.bytes)
-        ):
+        is_here = Path(self.file).name == self.file and self.file.endswith(".safetensors")
+        if not (is_here and 0 <= self.count < 1 << 48 and self.bytes >= 0):
             raise ValueError(f"the shard {self.file!r} is no file of the folder, or has no count of samples and bytes")
 
     def damage(self, root: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 _GO_ON = "; go on with --ckpt_path last"
 _CAUSES = {
@@ -16,6 +17,13 @@ _SIGNAL = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.
 _EXIT = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) exited unexpectedly")
 _RAISED = re.compile(r"^Caught \w+ in DataLoader worker process")
 _TOLD = (ValueError, OSError)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from: the loader covers the signal with less."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def explain_worker(error: BaseException) -> Exception | None:
@@ -32,7 +40,7 @@ def explain_worker(error: BaseException) -> Exception | None:
         >>> explain_worker(ValueError("no patch size"))
     """
     text = str(error)
-    if found := _SIGNAL.search(text):
+    if found := next(filter(None, (_SIGNAL.search(str(one)) for one in _chain(error))), None):
         cause = _CAUSES.get(found[2], "look for its reason in the system's log")
         return OSError(f"process {found[1]}, which read data, died ({found[2]}): {cause}{_GO_ON}")
     if found := _EXIT.search(text):

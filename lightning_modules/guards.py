@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_modules.gradient_history import GradientHistory
@@ -19,6 +23,9 @@ from lightning_modules.step_records import LeftOut, StepRecord, describe
 
 if TYPE_CHECKING:
     from lightning_modules.base import DiffusionModule
+
+
+_RECORD = "skipped_steps.jsonl"
 
 
 class DivergedError(ValueError):
@@ -40,13 +47,15 @@ class StepGuard(Callback):
     same everywhere. No host waits for its device: a fused optimizer reads the verdict there, and the host a step later
     (:mod:`lightning_modules.step_records`). Other optimizers than fused ones are what CPUs and loss scalers have.
 
-    Logged are ``train/grad_norm`` at the trainer's logging steps and, when they grow, the counts
+    All samples of a step that was left out are named in ``skipped_steps.jsonl`` (trainer.default_root_dir), the first
+    of them in a warning. Logged are ``train/grad_norm`` at the trainer's logging steps and, when they grow, the counts
     ``train/skipped_steps`` and ``train/grad_norm_spikes``, the latter with ``train/grad_norm_spike``, in medians of the
     norms before.
 
     Args:
-        max_in_a_row: More steps in a row than these are not left out: the run ends, with a checkpoint of its last good
-            state. Those that a loss scaler (16-mixed) answers by lowering its scale do not count.
+        max_in_a_row: More steps in a row than these end the run, with a checkpoint of its last good state: what it was
+            before them, with the counters of now. Those that a loss scaler (16-mixed) answers by lowering its scale do
+            not count.
         spike_factor: A gradient norm of more than so many medians of the last ones is a spike. Its step is taken.
         spike_window: Norms that the median is of, for each patch size.
         warn_every_n_steps: Spikes are warned of at most once in so many steps.
@@ -180,13 +189,23 @@ class StepGuard(Callback):
     def _tell(self, trainer: Trainer) -> None:
         """Name the steps that were left out, with what each rank knows of them."""
         for number, left in enumerate(self._left_out, self.num_skipped - len(self._left_out) + 1):
-            said = describe(_of_all_ranks(left, trainer.world_size))
+            everywhere = _of_all_ranks(left, trainer.world_size)
             _log(trainer, {"train/skipped_steps": number}, left.step)
-            rank_zero_warn(f"step {left.step} was left out, the {_ordinal(number)} of this run: {said}")
+            _write(trainer, everywhere)
+            rank_zero_warn(
+                f"step {left.step} was left out, the {_ordinal(number)} of this run: {describe(everywhere)}; "
+                f"{_RECORD} in {trainer.default_root_dir} names all samples"
+            )
         self._left_out = []
 
     def _end(self, trainer: Trainer) -> None:
         count, self.in_a_row = self.in_a_row, 0  # who resumes gets as many tries again
+        if not _has_finite_weights(trainer):
+            raise DivergedError(
+                f"{count} steps in a row were not finite, and a step before them has left weights that are not either, "
+                "so nothing was saved: go on from an earlier checkpoint with --ckpt_path and a lower optimizer.lr, or "
+                "clip gradients"
+            )
         path = _folder(trainer) / f"good_step={trainer.global_step}.ckpt"
         trainer.save_checkpoint(path)
         raise DivergedError(
@@ -202,6 +221,17 @@ def _is_scaling_down(trainer: Trainer) -> bool:
     return scaler is not None and scaler.get_scale() > 1
 
 
+@torch.no_grad()
+def _has_finite_weights(trainer: Trainer) -> bool:
+    """Of what trains, on all ranks."""
+    for module in trainer.lightning_module.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what is gathered may be older than the shards
+    parameters = (p for p in trainer.lightning_module.parameters() if p.requires_grad)
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
+    return trainer.strategy.reduce_boolean_decision(all(bool(part.isfinite().all()) for part in parts), all=True)
+
+
 def _of_all_ranks(left: LeftOut, world_size: int) -> list[LeftOut]:
     if world_size == 1:
         return [left]
@@ -214,6 +244,17 @@ def _log(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
     """Straight to the loggers: ``self.log`` knows the present step only, and drops what is off its interval."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         logger.log_metrics(dict(values), step=step)
+
+
+@rank_zero_only
+def _write(trainer: Trainer, everywhere: Sequence[LeftOut]) -> None:
+    ranks = [{"bad": list(left.bad), "samples": list(left.samples)} for left in everywhere]
+    line = {"step": everywhere[0].step, "patch_size": everywhere[0].patch_size, "ranks": ranks}
+    with (
+        suppress(OSError),
+        (Path(trainer.default_root_dir) / _RECORD).open("a") as file,
+    ):  # a full disk ends no run here
+        file.write(json.dumps(line) + "\n")
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -222,6 +222,18 @@ def test_too_many_in_a_row_end_the_run_with_its_last_good_state(
 
 
 @pytest.mark.usefixtures("quiet")
+def test_weights_that_are_not_finite_are_not_saved_as_good(run: Any, tmp_path: Path) -> None:
+    class Ruin(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+            if trainer.global_step == 2:
+                next(p for p in module.parameters() if p.requires_grad).data.fill_(torch.inf)
+
+    with pytest.raises(DivergedError, match="^3 steps in a row .* nothing was saved: go on from an earlier checkpoint"):
+        run(callbacks=[Ruin(), StepGuard(max_in_a_row=2)])
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.usefixtures("quiet")
 def test_steps_in_a_row_are_counted_anew_after_a_good_one(run: Any) -> None:
     guard = StepGuard(max_in_a_row=2)
     run(bad=[0, 1, 3, 4], callbacks=[guard])
