@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from flexidit.skips import printable
+
 MAX_FILE_BYTES = 1 << 30
 """Of an image or a clip, and of any member that is only passed over; ``shuffle_buffer`` of them are held in memory."""
 MAX_TEXT_BYTES = 1 << 20
@@ -29,11 +31,6 @@ class BrokenSampleError(ValueError):
         name, reason = printable(name), printable(reason)
         super().__init__(f"{name} {reason}" if reason.startswith(("has ", "is ")) else f"{name}: {reason}")
         self.name, self.reason = name, reason
-
-
-def printable(text: str) -> str:
-    """A name as a terminal may be shown it: control characters and broken code points are spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def read_members(

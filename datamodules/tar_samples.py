@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import tarfile
 import textwrap
@@ -28,14 +29,13 @@ from datamodules.tar_members import (
     MAX_TEXT_BYTES,
     BrokenSampleError,
     member_fault,
-    printable,
     read_members,
 )
 from flexidit.captioned_images import caption_fault, parse_captions
 from flexidit.draws import Draw, draw_choice, draw_flip
 from flexidit.latent_shards import OnError
 from flexidit.sample_readers import SampleReader
-from flexidit.skips import BrokenFileError, SkipReport
+from flexidit.skips import BrokenFileError, SkipReport, printable
 
 logger = logging.getLogger(__name__)
 TarTarget = Literal["label", "caption"]
@@ -55,7 +55,9 @@ def expand_tars(source: str | Path) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     is_folder = Path(source).is_dir()
-    tars = sorted(map(str, Path(source).glob("*.tar"))) if is_folder else expand_urls(str(source))
+    # With the folder before it, be it ".": a file that is called "pipe:..." would be run as a command.
+    found = (os.path.join(source, path.name) for path in Path(source).glob("*.tar"))
+    tars = sorted(found) if is_folder else expand_urls(str(source))
     missing = [tar for tar in tars if not _is_remote(tar) and not Path(tar).is_file()]
     if missing or not tars:
         raise FileNotFoundError(f"no tar at {missing[0] if missing else source}")
@@ -170,7 +172,8 @@ class TarSamples(IterableDataset[dict[str, Any]]):
         flip: mirror half of the draws, when training.
         shuffle_buffer: samples held for shuffling.
         num_classes: for checking labels.
-        on_error: count and name broken samples, or refuse the first.
+        on_error: count and name broken samples and tars, also those that break or vanish during the run, or refuse the
+            first. Where a tar has vanished the others are read more often, and a resume of the run is not exact.
     """
 
     def __init__(

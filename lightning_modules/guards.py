@@ -100,6 +100,9 @@ class StepGuard(Callback):
         names = batch.get("names") if isinstance(batch, Mapping) else None
         self._names.append(names or [f"batch {batch_idx} of the epoch"])
 
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._names, self._losses = self._names[-1:], []  # of a step that was never judged
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         poison(loss)
         self._losses.append(loss.detach())
@@ -138,7 +141,10 @@ class StepGuard(Callback):
             self._names, self._losses, self._unread, self._left_out = [], [], [], []
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, and the norms of the last steps; plain values. Waits for the device."""
+        """Counts, and the norms of the last steps; plain values. Waits for the device.
+
+        Every rank must call it, as Lightning does: all learn at the same time how a step went.
+        """
         if self._unread:
             self._read(self._trainer, len(self._unread))
         return {

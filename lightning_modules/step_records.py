@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexidit.skips import printable
+
 
 @dataclass
 class StepRecord:
@@ -88,4 +90,4 @@ def describe(everywhere: Sequence[LeftOut], limit: int = 16) -> str:
 
 def _listed(names: Sequence[str], limit: int) -> str:
     more = [f"and {len(names) - limit} more"] if len(names) > limit else []
-    return ", ".join([*names[:limit], *more])
+    return ", ".join([*map(printable, names[:limit]), *more])

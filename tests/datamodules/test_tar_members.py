@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from datamodules.loading import stream_loader
-from datamodules.tar_members import MAX_TEXT_BYTES, printable, suffixes_of
-from datamodules.tar_samples import TarSamples, TarTarget, count_samples
+from datamodules.tar_members import MAX_TEXT_BYTES, suffixes_of
+from datamodules.tar_samples import TarSamples, TarTarget, count_samples, expand_tars
 from flexidit.sample_readers import ImageReader
+from flexidit.skips import printable
 
 
 def jpeg(size: tuple[int, int] = (20, 16)) -> bytes:
@@ -151,6 +152,15 @@ def test_a_compressed_tar_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of the samples .* \(is compressed with gzip: unpack it"):
         read(tar)
     assert count_samples([tar]) == 0
+
+
+def test_a_file_whose_name_is_a_command_is_only_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pipe:mkdir ran; cat x.tar", sample("first"))
+    [tar] = expand_tars(".")
+    names, _ = read(tar)
+    assert names == ["./pipe:mkdir ran; cat x.tar: first"]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_deep_json_is_named(tmp_path: Path) -> None:
