@@ -151,8 +151,7 @@ class CaptionedDataModule(FileDataModule):
         """Encode samples and captions on the device that they have been moved to; leaves ``x``, ``y`` and ``names``."""
         if "texts" not in batch:
             return batch
-        y = self._encode_captions(batch["texts"], batch["x"].device)
-        return {"x": self.encode_samples(batch), "y": y, "names": batch["names"]}
+        return self.encoded(batch, self._encode_captions(batch["texts"], batch["x"].device))
 
     def _encode_captions(self, texts: Sequence[str], device: torch.device) -> Captions:
         encoder = self._encoder().to(device)

@@ -183,6 +183,11 @@ class FileDataModule(ResumableDataModule, ABC):
         draws = zip(batch["index"].tolist(), batch["epoch"].tolist(), strict=True)
         return codec.encode(pixels, torch.stack([draw_noise(self.seed, Draw(*draw), shape) for draw in draws]))
 
+    def encoded(self, batch: dict[str, Any], y: Any) -> dict[str, Any]:
+        """What is left of a raw batch for the model: ``x``, ``y``, ``names`` and, if it is so, ``repeated``."""
+        kept: dict[str, Any] = {name: batch[name] for name in ("names", "repeated") if name in batch}
+        return {"x": self.encode_samples(batch), "y": y, **kept}
+
     def split(self, name: str) -> Split:
         """The opened data of "train" or "val"."""
         self.setup()

@@ -99,6 +99,4 @@ class ImageNetDataModule(FileDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Encode raw images on the device they have been moved to; leaves ``x``, ``y`` and ``names``."""
-        if "index" not in batch:
-            return batch
-        return {"x": self.encode_samples(batch), "y": batch["y"], "names": batch["names"]}
+        return self.encoded(batch, batch["y"]) if "index" in batch else batch

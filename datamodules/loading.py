@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import lightning as L
@@ -22,13 +22,14 @@ from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flexidit.draws import Draw
-from flexidit.worker_faults import explain_worker
+from flexidit.worker_faults import explain_worker, is_broken_handover
 
 # torchdata 0.11 calls a function that newer torch deprecates; nothing a user could act on
 warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 _SECONDS_BETWEEN_LOOKS = 300.0
+_SECONDS_FOR_SIGNAL = 3.0
 
 
 class EpochSampler(DistributedSampler[Draw]):
@@ -144,17 +145,21 @@ class ResumableLoader(StatefulDataLoader[Any]):
         self._at = (epoch + 1, 0)
 
     def _whole(self) -> Iterator[Any]:
-        """The batches of an evaluation; a rank with fewer than others reads its first ones again: none waits."""
+        """The batches of an evaluation; a rank with fewer than others reads its first ones again: none waits.
+
+        What was read before, here or by another rank, is marked as ``repeated``, and counts for nothing.
+        """
         wanted = self.cursor.num_batches if self._streams else None
         if wanted is None:
             yield from super().__iter__()
             return
-        count = 0
+        count, is_repeated = 0, self.cursor.reads_what_others_read
         while count < wanted:
             before = count
             for batch in islice(super().__iter__(), wanted - count):
                 count += 1
-                yield batch
+                yield {**batch, "repeated": True} if is_repeated else batch
+            is_repeated = True
             if count == before:
                 raise ValueError("one process finds no sample to evaluate in its tars: write more and smaller ones")
 
@@ -196,10 +201,20 @@ def _watched(batches: Iterator[Batch], check_files: Callable[[], None] | None) -
         except StopIteration:
             return
         except Exception as error:
-            if (told := explain_worker(error)) is None:
+            if (told := explain_worker(_with_signal(error))) is None:
                 raise
             raise told from error
         yield batch
+
+
+def _with_signal(error: Exception) -> Exception:
+    """The error or, if that is but a broken connection, what the signal of the process that broke it says."""
+    if is_broken_handover(error):
+        try:
+            sleep(_SECONDS_FOR_SIGNAL)  # torch's handler raises in the middle of it
+        except RuntimeError as died:
+            return died
+    return error
 
 
 class ResumableDataModule(L.LightningDataModule):

@@ -250,6 +250,11 @@ class TarSamples(IterableDataset[dict[str, Any]]):
                 f"{max(1, num_workers)} workers): lower num_workers, or write more and smaller tars"
             )
 
+    @property
+    def reads_what_others_read(self) -> bool:
+        """Whether there is no tar for this rank alone, which only an evaluation accepts."""
+        return self.rank >= len(self.tars)
+
     def count_even_batches(self, batch_size: int, num_workers: int) -> int | None:
         """Batches that each rank makes in an evaluation: as many as the rank with most has.
 

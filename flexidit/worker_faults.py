@@ -26,6 +26,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
+def is_broken_handover(error: BaseException) -> bool:
+    """Whether a process died while it handed a batch over: its signal is known a moment later."""
+    is_gone = isinstance(error, FileNotFoundError) and error.filename is None  # the socket that it handed over through
+    return isinstance(error, (ConnectionError, EOFError)) or is_gone
+
+
 def explain_worker(error: BaseException) -> Exception | None:
     """The sentence for users where torch's loader says that one of its processes failed; None for other errors.
 
@@ -45,6 +51,8 @@ def explain_worker(error: BaseException) -> Exception | None:
         return OSError(f"process {found[1]}, which read data, died ({found[2]}): {cause}{_GO_ON}")
     if found := _EXIT.search(text):
         return OSError(f"process {found[1]}, which read data, ended without a word: {_CAUSES['Killed']}{_GO_ON}")
+    if is_broken_handover(error) and not _RAISED.match(text):
+        return OSError(f"a process that read data ended while it handed over a batch: {_CAUSES['Killed']}{_GO_ON}")
     if isinstance(error, _TOLD) and _RAISED.match(text):  # the whole traceback, with the sentence at its end
         kind = next(kind for kind in _TOLD if isinstance(error, kind))
         return kind(text.rstrip().rpartition(f"{type(error).__name__}: ")[2])

@@ -69,6 +69,7 @@ class DiffusionModule(LightningModule, ABC):
 
     Subclasses say what the model is, in :meth:`build_model`. Batches are ``{"x": (N, C, H, W), "y": N conditions}``:
     labels (N,), or :class:`Captions`; with ``names``, N strings, their samples can be named.
+    Validation gives no weight to batches that are ``repeated``.
 
     A checkpoint holds all weights. Where the base is frozen (recipe "lora") and comes from ``target.checkpoint``, it
     holds what trains, and says which base that belongs to (:mod:`lightning_modules.trained_state`).
@@ -244,9 +245,10 @@ class DiffusionModule(LightningModule, ABC):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         draws = self._draws("validation", 0, self._num_validated, len(batch["y"]))
         self._num_validated += len(batch["y"])
+        weight = 0 if batch.get("repeated") else len(batch["y"])  # what keeps ranks in step counts for nothing
         for patch_size in self.judged_patch_sizes:  # every size is judged on the same draws
             loss = self.loss(batch, patch_size, draws)
-            self.log(f"val/loss_{patch_size.name}", loss, sync_dist=True, batch_size=len(batch["y"]))
+            self.log(f"val/loss_{patch_size.name}", loss, sync_dist=True, batch_size=weight)
         if batch_idx == 0 and len(self.model.patch_sizes) > 1 and not self.trainer.sanity_checking:
             self._gap = self._measure_gap(batch, draws)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import tarfile
 import time
@@ -22,6 +23,7 @@ from datamodules.tar_samples import TarSamples, expand_tars
 from flexidit.draws import Draw
 from flexidit.images import find_images
 from flexidit.sample_readers import ImageReader
+from flexidit.worker_faults import explain_worker
 
 
 class Slow(Dataset[Any]):
@@ -52,11 +54,13 @@ def test_a_process_that_is_killed_ends_the_run_in_one_sentence() -> None:
                 os.kill(batch["process"], signal.SIGKILL)
             time.sleep(0.001)
 
-    message = r"^process \d+, which read data, died \(Killed\): .* memory: lower data.num_workers, .* --ckpt_path last$"
     started = time.monotonic()
-    with pytest.raises(OSError, match=message) as raised:
+    with pytest.raises((OSError, RuntimeError)) as raised:
         read_and_kill()
-    assert "\n" not in str(raised.value)
+    # The signal may be noticed outside of the loader, as in the middle of a step; the command says the same then.
+    said = str(explain_worker(raised.value) or raised.value)
+    message = r"process \d+, which read data, died \(Killed\): .* memory: lower data.num_workers, .* --ckpt_path last"
+    assert re.fullmatch(message, said)
     assert time.monotonic() - started < 60  # no hang
 
 
@@ -148,7 +152,8 @@ def test_ranks_evaluate_equally_many_batches_and_leave_nothing_out(
     ranks = [stream(tars, False, num_workers, rank=rank, world_size=2) for rank in range(2)]
     batches = [list(loader) for loader in ranks]
     assert len(batches[0]) == len(batches[1]) == len(ranks[0]) == len(ranks[1])
-    assert set(flat(batches[0])) | set(flat(batches[1])) == set(range(sum(sizes)))
+    first_read = [batch for rank in batches for batch in rank if not batch.get("repeated")]
+    assert sorted(flat(first_read)) == list(range(sum(sizes)))  # what counts is everything, once
     assert flat(batches[0]) == flat(ranks[0])  # the same every time
     alone = stream(tars, False, num_workers)
     assert sorted(flat(alone)) == list(range(sum(sizes)))

@@ -30,6 +30,18 @@ def test_the_signal_behind_an_exit_is_what_counts() -> None:
     assert "(Killed)" in str(explain_worker(error))
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "No such file")]
+)
+def test_a_batch_that_was_not_handed_over(error: Exception) -> None:
+    assert "ended while it handed over a batch: most likely the host ran out of memory" in str(explain_worker(error))
+    assert explain_worker(FileNotFoundError(2, "No such file", "a.jpg")) is None
+    raised = ConnectionResetError(
+        "Caught ConnectionResetError in DataLoader worker process 0.\nConnectionResetError: net"
+    )
+    assert str(explain_worker(raised)) == "net"
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Error(s) in loading state_dict"), ValueError("no"), KeyError("x")])
 def test_other_errors_are_not_touched(error: Exception) -> None:
     assert explain_worker(error) is None
