@@ -32,7 +32,7 @@ from lightning_modules.data_contract import (
     warn_of_other_codec,
 )
 from lightning_modules.draws import SampleDraws, draw_patch_size, places
-from lightning_modules.gradients import clip_gradients, gradient_norm
+from lightning_modules.gradients import clip_gradients
 from lightning_modules.guards import StepGuard
 from lightning_modules.one_reader import device_of, read_once, read_target
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
@@ -283,9 +283,7 @@ class DiffusionModule(LightningModule, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning refuses to clip with a fused optimizer under bf16-mixed (Lightning #21435); torch does not mind.
-        norm = gradient_norm(self.parameters())
-        if gradient_clip_val:
-            clip_gradients(self.parameters(), norm, float(gradient_clip_val), gradient_clip_algorithm)
+        norm = clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm)
         guard = StepGuard.of(self.trainer)
         self.step_skipped = None if guard is None else guard.judge(self, optimizer, norm)

@@ -20,13 +20,19 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float, algorithm: str | None) -> None:
-    """Scale gradients of this norm down to the limit, or clamp each of their values to it ("value")."""
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None, algorithm: str | None) -> Tensor:
+    """Scale gradients down to a norm, or clamp each of their values ("value"), or leave them without a limit.
+
+    Returns:
+        The norm that they had, see :func:`gradient_norm`.
+    """
     parameters = [p for p in parameters if p.grad is not None]
-    if algorithm == "value":
-        nn.utils.clip_grad_value_(parameters, limit)
-    else:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    norm = gradient_norm(parameters)
+    if limit and algorithm == "value":
+        nn.utils.clip_grad_value_(parameters, float(limit))
+    elif limit:
+        nn.utils.clip_grads_with_norm_(parameters, float(limit), norm)
+    return norm
 
 
 def poison(loss: Tensor) -> None:
