@@ -22,6 +22,9 @@ _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 class EMA(Callback):
     """Keeps ``average = decay * average + (1 - decay) * weights``, updated after each optimizer step.
 
+    An update that falls on a step which a guard left out (``pl_module.step_skipped``) is left out too: the average
+    stays as it is, bit for bit. It is counted all the same, as that step is.
+
     The average is swapped in for validation, test and prediction, and restored afterwards bit for bit. Other
     callbacks that sample at other moments wrap the work in :meth:`swapped`.
 
@@ -68,15 +71,20 @@ class EMA(Callback):
         return float(decay**self.every_n_steps)
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average towards the current trainable parameters of ``module``."""
+    def update(self, module: nn.Module, skipped: Tensor | None = None) -> None:
+        """Move the average towards the current trainable parameters of ``module``.
+
+        Args:
+            module: whose parameters they are.
+            skipped: () float32, 1 to leave this update out; on a GPU nobody waits for it. None takes it.
+        """
         parameters = trainable_parameters(module)
         if self._average is None:
             self._average = {name: _float32_copy(parameter) for name, parameter in parameters.items()}
         _check_names(self._average, parameters)
         averages = [_local(self._average[name]) for name in parameters]
         weights = [_local(parameter).float() for parameter in parameters.values()]
-        torch._foreach_lerp_(averages, weights, 1.0 - self.decay_at(self.num_updates))
+        _move(averages, weights, 1.0 - self.decay_at(self.num_updates), skipped)
         self.num_updates += 1
 
     @contextmanager
@@ -130,7 +138,7 @@ class EMA(Callback):
     ) -> None:
         # global_step counts optimizer steps: it stands still while gradients accumulate.
         if trainer.global_step > self._last_step and trainer.global_step % self.every_n_steps == 0:
-            self.update(pl_module)
+            self.update(pl_module, getattr(pl_module, "step_skipped", None))
             self._last_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,6 +235,16 @@ def _plain_name(name: str) -> str:
     for prefix in _WRAPPER_PREFIXES:
         name = name.replace(prefix, "")
     return name
+
+
+def _move(averages: list[Tensor], weights: list[Tensor], share: float, skipped: Tensor | None) -> None:
+    """Give the weights their share in the averages, in place; none if it is skipped."""
+    if skipped is None:
+        torch._foreach_lerp_(averages, weights, share)
+    elif skipped.device.type != "cpu":  # one kernel a tensor instead of one for many: less than waiting for the device
+        torch._foreach_lerp_(averages, weights, [share * (1 - skipped)] * len(averages))
+    elif not skipped:
+        torch._foreach_lerp_(averages, weights, share)
 
 
 @torch.no_grad()

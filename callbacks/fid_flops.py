@@ -235,6 +235,8 @@ def _extractor(features: nn.Module) -> FeatureExtractor:
 def _model_inputs(loader: Any, datamodule: Any, device: torch.device) -> Iterator[dict[str, Any]]:
     """Batches as the model sees them: raw images and clips are encoded as in training, their captions are not."""
     for batch in loader:
+        if batch.get("repeated"):  # for ranks that stay in step
+            continue
         if "index" in batch and hasattr(datamodule, "encode_samples"):
             batch = {"x": datamodule.encode_samples({**batch, "x": batch["x"].to(device)})}
         yield batch

@@ -28,7 +28,9 @@ _MAX_LOGGED = 10  # of the captions that are too long; the rest is only counted
 
 
 class CaptionedDataModule(FileDataModule):
-    """Images or clips with captions; batches are ``{"x": (N, C, H, W) or (N, C, F, H, W) float32, "y": Captions}``.
+    """Images or clips with captions, as batches with their names.
+
+    Batches are ``{"x": (N, C, H, W) or (N, C, F, H, W) float32, "y": Captions, "names": N strings}``.
 
     Subclasses say what is read of a file, find captioned files, and explain the arguments.
     """
@@ -146,10 +148,10 @@ class CaptionedDataModule(FileDataModule):
         return super().skipped() | ({"captions": cut} if self._cut else {})
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Encode raw samples and captions on the device that they have been moved to; leaves ``x`` and ``y``."""
+        """Encode samples and captions on the device that they have been moved to; leaves ``x``, ``y`` and ``names``."""
         if "texts" not in batch:
             return batch
-        return {"x": self.encode_samples(batch), "y": self._encode_captions(batch["texts"], batch["x"].device)}
+        return self.encoded(batch, self._encode_captions(batch["texts"], batch["x"].device))
 
     def _encode_captions(self, texts: Sequence[str], device: torch.device) -> Captions:
         encoder = self._encoder().to(device)

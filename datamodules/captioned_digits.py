@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.digits import DigitsDataModule
+from datamodules.digits import DigitsDataModule, digit_names
 from flexidit.conditions import Captions
 from flexidit.digit_images import NATIVE_SIZE
 from flexidit.draws import Draw, draw_choice
@@ -42,7 +42,7 @@ class CaptionedDigits(Dataset[dict[str, Any]]):
         return {"x": batch["x"][0], "y": batch["y"]}
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Any]:
-        """A batch: ``x`` (N, 1, S, S) and ``y``, N captions."""
+        """A batch: ``x`` (N, 1, S, S), ``y``, N captions, and ``names``."""
         draws = [Draw.of(key) for key in keys]
         num_phrasings = self.choices.shape[1]
         phrasings = [draw_choice(self.seed, draw, num_phrasings) for draw in draws]
@@ -52,13 +52,13 @@ class CaptionedDigits(Dataset[dict[str, Any]]):
         y = Captions(
             torch.from_numpy(self.captions.embeddings.numpy()[rows]), torch.from_numpy(self.captions.mask.numpy()[rows])
         )
-        return {"x": torch.from_numpy(self.x.numpy()[samples]), "y": y}
+        return {"x": torch.from_numpy(self.x.numpy()[samples]), "y": y, "names": digit_names(samples)}
 
 
 class CaptionedDigitsDataModule(DigitsDataModule):
     """Real handwritten digits in pixel space with true captions, in three phrasings of which an epoch draws one.
 
-    Batches are ``{"x": (N, 1, S, S), "y": Captions}``. Validation always sees the same captions.
+    Batches are ``{"x": (N, 1, S, S), "y": Captions, "names": N strings}``. Validation always sees the same captions.
 
     Args:
         size: side of the images in pixels; 8 is native, more is upsampled bilinearly.

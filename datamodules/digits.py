@@ -16,7 +16,7 @@ from flexidit.draws import Draw
 from flexidit.latents import PixelCodec
 
 
-class TensorSamples(Dataset[dict[str, Tensor]]):
+class TensorSamples(Dataset[dict[str, Any]]):
     """Images and labels in memory; a batch is one indexing operation.
 
     Args:
@@ -30,16 +30,22 @@ class TensorSamples(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.y)
 
-    def __getitem__(self, key: int | Draw) -> dict[str, Tensor]:
+    def __getitem__(self, key: int | Draw) -> dict[str, Any]:
         """One sample: ``x`` (C, S, S) and ``y`` ()."""
         index = Draw.of(key).sample
         return {"x": self.x[index], "y": self.y[index]}
 
-    def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Tensor]:
-        """A batch: ``x`` (N, C, S, S) and ``y`` (N,)."""
+    def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Any]:
+        """A batch: ``x`` (N, C, S, S), ``y`` (N,) and ``names``."""
         index = [Draw.of(key).sample for key in keys]
         # NumPy copies on this thread; torch would wake its thread pool, which stalls where cores are oversubscribed
-        return {"x": torch.from_numpy(self.x.numpy()[index]), "y": torch.from_numpy(self.y.numpy()[index])}
+        x, y = torch.from_numpy(self.x.numpy()[index]), torch.from_numpy(self.y.numpy()[index])
+        return {"x": x, "y": y, "names": digit_names(index)}
+
+
+def digit_names(indices: Sequence[int]) -> list[str]:
+    """What digits are called where a batch must be told from others."""
+    return [f"digit {index}" for index in indices]
 
 
 def stratified_split(y: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +64,7 @@ def stratified_split(y: Tensor, val_fraction: float, seed: int) -> tuple[Tensor,
 class DigitsDataModule(ResumableDataModule):
     """Real handwritten digits in pixel space: one channel in [-1, 1], labels 0 to 9, no flips (2 and 5 would suffer).
 
-    Batches are ``{"x": (N, 1, S, S), "y": (N,)}``.
+    Batches are ``{"x": (N, 1, S, S), "y": (N,), "names": N strings}``.
 
     Args:
         size: side of the images in pixels; 8 is native, more is upsampled bilinearly.

@@ -23,7 +23,9 @@ from datamodules.loading import (
 )
 from datamodules.tar_samples import TarSamples, TarTarget, count_samples, expand_tars
 from flexidit.draws import Draw, draw_noise
-from flexidit.latent_shards import METADATA_FILE, OnError, make_fingerprint
+from flexidit.fingerprints import make_fingerprint
+from flexidit.latent_metadata import METADATA_FILE
+from flexidit.latent_shards import OnError
 from flexidit.latents import CodecDtype, LatentCodec, PixelCodec
 from flexidit.sample_readers import SampleReader
 from flexidit.skips import SkipReport
@@ -180,6 +182,11 @@ class FileDataModule(ResumableDataModule, ABC):
         shape = self.reader.latent_size(codec)
         draws = zip(batch["index"].tolist(), batch["epoch"].tolist(), strict=True)
         return codec.encode(pixels, torch.stack([draw_noise(self.seed, Draw(*draw), shape) for draw in draws]))
+
+    def encoded(self, batch: dict[str, Any], y: Any) -> dict[str, Any]:
+        """What is left of a raw batch for the model: ``x``, ``y``, ``names`` and, if it is so, ``repeated``."""
+        kept: dict[str, Any] = {name: batch[name] for name in ("names", "repeated") if name in batch}
+        return {"x": self.encode_samples(batch), "y": y, **kept}
 
     def split(self, name: str) -> Split:
         """The opened data of "train" or "val"."""

@@ -66,13 +66,14 @@ class FileSamples(Dataset[dict[str, Any]], ABC):
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Any]:
-        """A batch: ``x`` in [-1, 1], the targets, and ``index`` and ``epoch`` of each draw, (N,) int64.
+        """A batch: ``x`` in [-1, 1], the targets, ``index`` and ``epoch`` of each draw, (N,) int64, and ``names``.
 
         ``x`` is (N, 3, H, W) of images and (N, 3, F, H, W) of clips.
         """
         draws, pixels = zip(*(self._read(Draw.of(key)) for key in keys), strict=True)
         index, epoch = (torch.tensor(values) for values in zip(*draws, strict=True))
-        return {"x": torch.stack(pixels), **self.targets(draws), "index": index, "epoch": epoch}
+        names = [self.files[draw.sample] for draw in draws]
+        return {"x": torch.stack(pixels), **self.targets(draws), "index": index, "epoch": epoch, "names": names}
 
     def report(self) -> SkipReport:
         """The files that were found broken so far, by all workers of this process, and those left out before."""

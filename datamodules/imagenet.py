@@ -5,8 +5,6 @@ Shape legend: N batch, C channels and H W size of what the model sees (latents, 
 
 from typing import Any
 
-from torch import Tensor
-
 from datamodules.file_data import FileDataModule
 from datamodules.image_samples import ImageSamples
 from flexidit.images import find_images
@@ -18,7 +16,8 @@ from flexidit.sample_readers import ImageReader
 class ImageNetDataModule(FileDataModule):
     """Class-conditional images for training and validation.
 
-    Batches are ``{"x": (N, C, H, W) float32, "y": (N,) int64}``. What lies at ``train`` decides how it is read:
+    Batches are ``{"x": (N, C, H, W) float32, "y": (N,) int64, "names": N strings}``. What lies at ``train`` decides how
+    it is read:
 
     - latents from ``flexidit encode``: ``x`` is resampled from the stored moments in every epoch;
     - a folder of images (one folder a class, or flat with labels.csv): encoded on the fly if ``vae`` is given,
@@ -42,7 +41,8 @@ class ImageNetDataModule(FileDataModule):
         val_fraction: share of ``train`` to hold out if ``val`` is None.
         num_train_samples: images in the training tars; None counts them, which reads all their headers.
         shuffle_buffer: samples held for shuffling a stream of tars.
-        on_error: count and leave out broken images and shards, or refuse the first.
+        on_error: count and leave out broken images and shards, or refuse the first; also
+            what breaks or vanishes during the run, whose place others take.
         seed: of order, flips, noise and split.
     """
 
@@ -97,6 +97,6 @@ class ImageNetDataModule(FileDataModule):
         images = find_images(root, self.labels if root == self.train else None, self.num_classes)
         return ImageSamples(images, self.image_size, seed=self.seed, flip=flip, on_error=self.on_error)
 
-    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Encode raw images on the device they have been moved to; leaves ``x`` and ``y``."""
-        return {"x": self.encode_samples(batch), "y": batch["y"]} if "index" in batch else batch
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Encode raw images on the device they have been moved to; leaves ``x``, ``y`` and ``names``."""
+        return self.encoded(batch, batch["y"]) if "index" in batch else batch

@@ -8,9 +8,11 @@ runs unless they are ``DistributedSampler``s, so ours is one, and ``use_distribu
 
 import gc
 import logging
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import lightning as L
@@ -20,11 +22,14 @@ from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flexidit.draws import Draw
+from flexidit.worker_faults import explain_worker, is_broken_handover
 
 # torchdata 0.11 calls a function that newer torch deprecates; nothing a user could act on
 warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
+_SECONDS_BETWEEN_LOOKS = 300.0
+_SECONDS_FOR_SIGNAL = 3.0
 
 
 class EpochSampler(DistributedSampler[Draw]):
@@ -125,19 +130,38 @@ class ResumableLoader(StatefulDataLoader[Any]):
         return int(self.cursor.num_batches)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return self._pass()
+        return _watched(self._pass(), getattr(self.dataset, "check_files", None))
 
     def _pass(self) -> Iterator[Any]:
         if self.num_workers:
             gc.collect()  # left to a forked worker, a video encoder in a cycle waits for ever for threads it lost
         if not self.cursor.shuffle:
-            yield from super().__iter__()
+            yield from self._whole()
             return
         epoch, start = self._at if self._at[1] < len(self) else (self._at[0] + 1, 0)
         for consumed, batch in enumerate(self._read(epoch, start), start + 1):
             self._at = (epoch, consumed)
             yield batch
         self._at = (epoch + 1, 0)
+
+    def _whole(self) -> Iterator[Any]:
+        """The batches of an evaluation; a rank with fewer than others reads its first ones again: none waits.
+
+        What was read before, here or by another rank, is marked as ``repeated``, and counts for nothing.
+        """
+        wanted = self.cursor.num_batches if self._streams else None
+        if wanted is None:
+            yield from super().__iter__()
+            return
+        count, is_repeated = 0, self.cursor.reads_what_others_read
+        while count < wanted:
+            before = count
+            for batch in islice(super().__iter__(), wanted - count):
+                count += 1
+                yield {**batch, "repeated": True} if is_repeated else batch
+            is_repeated = True
+            if count == before:
+                raise ValueError("one process finds no sample to evaluate in its tars: write more and smaller ones")
 
     def _read(self, epoch: int, start: int) -> Iterator[Any]:
         """The batches of an epoch from ``start`` on."""
@@ -163,6 +187,34 @@ class ResumableLoader(StatefulDataLoader[Any]):
         """What an exact resume needs to be as it was."""
         global_batch_size = (self.batch_size or 1) * self.cursor.num_replicas
         return {"seed": self.cursor.seed, "size": self.cursor.size, "global_batch_size": global_batch_size}
+
+
+def _watched(batches: Iterator[Batch], check_files: Callable[[], None] | None) -> Iterator[Batch]:
+    """The same batches, with a look at the files now and then, and failures of worker processes in one sentence."""
+    next_look = -math.inf
+    while True:
+        try:
+            if check_files is not None and monotonic() > next_look:
+                check_files()
+                next_look = monotonic() + _SECONDS_BETWEEN_LOOKS
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            if (told := explain_worker(_with_signal(error))) is None:
+                raise
+            raise told from error
+        yield batch
+
+
+def _with_signal(error: Exception) -> Exception:
+    """The error or, if that is but a broken connection, what the signal of the process that broke it says."""
+    if is_broken_handover(error):
+        try:
+            sleep(_SECONDS_FOR_SIGNAL)  # torch's handler raises in the middle of it
+        except RuntimeError as died:
+            return died
+    return error
 
 
 class ResumableDataModule(L.LightningDataModule):
@@ -252,6 +304,8 @@ def stream_loader(dataset: Any, batch_size: int, num_workers: int = 0) -> Resuma
     """
     dataset.check_shards(num_workers)
     workers = num_workers if dataset.training else min(num_workers, len(dataset.tars))
+    if not dataset.training and dataset.num_replicas > 1:
+        dataset.num_batches = dataset.count_even_batches(batch_size, workers)
     return ResumableLoader(
         dataset,
         batch_size=batch_size,

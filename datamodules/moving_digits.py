@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.captioned_digits import CaptionedDigitsDataModule, in_float32
+from datamodules.digits import digit_names
 from flexidit.conditions import Captions
 from flexidit.digit_captions import NUM_PHRASINGS
 from flexidit.digit_images import NATIVE_SIZE
@@ -49,7 +50,7 @@ class MovingDigitSamples(Dataset[dict[str, Any]]):
         return {"x": batch["x"][0], "y": batch["y"]}
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Any]:
-        """A batch: ``x`` (N, 1, F, S, S), or of single frames (N, 1, S, S), and ``y``, N captions."""
+        """A batch: ``x`` (N, 1, F, S, S), or of single frames (N, 1, S, S), ``y``, N captions, and ``names``."""
         draws = [Draw.of(key) for key in keys]
         x, motions = self.digits.clips(self.seed, draws)
         if self.single_frames:
@@ -58,15 +59,16 @@ class MovingDigitSamples(Dataset[dict[str, Any]]):
         samples = [draw.sample for draw in draws]
         rows = self.rows.numpy()[samples, motions.directions, motions.phrasings]
         embeddings, mask = self.captions.embeddings.numpy()[rows], self.captions.mask.numpy()[rows]
-        return {"x": x, "y": Captions(torch.from_numpy(embeddings), torch.from_numpy(mask))}
+        y = Captions(torch.from_numpy(embeddings), torch.from_numpy(mask))
+        return {"x": x, "y": y, "names": digit_names(samples)}
 
 
 class MovingDigitsDataModule(CaptionedDigitsDataModule):
     """Clips of real handwritten digits in pixel space with true captions.
 
-    Batches are ``{"x": (N, 1, F, S, S), "y": Captions}``, with values in [-1, 1]. In every epoch each digit moves in
-    another way, which is a pure function of (seed, epoch, digit), and its caption is phrased anew; validation always
-    sees the same clips. What captions mean stands in :mod:`flexidit.moving_digits`.
+    Batches are ``{"x": (N, 1, F, S, S), "y": Captions, "names": N strings}``, with values in [-1, 1]. In every epoch
+    each digit moves in another way, which is a pure function of (seed, epoch, digit), and its caption is phrased anew;
+    validation always sees the same clips. What captions mean stands in :mod:`flexidit.moving_digits`.
 
     Args:
         canvas_size: S.

@@ -11,9 +11,12 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import tarfile
+import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +24,18 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from datamodules.tar_members import (
+    MAX_FILE_BYTES,
+    MAX_TEXT_BYTES,
+    BrokenSampleError,
+    member_fault,
+    read_members,
+)
 from flexidit.captioned_images import caption_fault, parse_captions
 from flexidit.draws import Draw, draw_choice, draw_flip
 from flexidit.latent_shards import OnError
 from flexidit.sample_readers import SampleReader
-from flexidit.skips import BrokenFileError, SkipReport
+from flexidit.skips import BrokenFileError, SkipReport, printable
 
 logger = logging.getLogger(__name__)
 TarTarget = Literal["label", "caption"]
@@ -33,6 +43,7 @@ _TARGET_KEYS: dict[TarTarget, tuple[str, ...]] = {"label": ("cls",), "caption": 
 _MAX_WORKERS = 256
 _NAME_BYTES = 1 << 14
 _MAX_EMPTY_PASSES = 8
+_MAX_DIGITS = 9  # of a label
 
 
 def expand_tars(source: str | Path) -> list[str]:
@@ -44,19 +55,13 @@ def expand_tars(source: str | Path) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     is_folder = Path(source).is_dir()
-    tars = sorted(map(str, Path(source).glob("*.tar"))) if is_folder else expand_urls(str(source))
+    # With the folder before it, be it ".": a file that is called "pipe:..." would be run as a command.
+    found = (os.path.join(source, path.name) for path in Path(source).glob("*.tar"))
+    tars = sorted(found) if is_folder else expand_urls(str(source))
     missing = [tar for tar in tars if not _is_remote(tar) and not Path(tar).is_file()]
     if missing or not tars:
         raise FileNotFoundError(f"no tar at {missing[0] if missing else source}")
     return tars
-
-
-class BrokenSampleError(ValueError):
-    """A sample of a tar that cannot be used."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} {reason}" if reason.startswith("has ") else f"{name}: {reason}")
-        self.name, self.reason = name, reason
 
 
 class SharedSkips:
@@ -137,10 +142,10 @@ def _is_remote(tar: str) -> bool:
 def _count(tar: str, keys: tuple[str, ...]) -> int:
     total, last = 0, None
     try:
-        with tarfile.open(tar) as archive:
+        with tarfile.open(tar, "r:") as archive:
             for member in archive:
                 name, _, suffix = member.name.rpartition(".")
-                if suffix.lower() in keys:
+                if suffix.lower() in keys and member_fault(member, MAX_TEXT_BYTES) is None:
                     total, last = total + (name != last), name  # name.txt and name.json are one sample
     except (tarfile.TarError, OSError, EOFError) as error:
         logger.warning("%s is damaged: %s", tar, error)
@@ -150,9 +155,9 @@ def _count(tar: str, keys: tuple[str, ...]) -> int:
 class TarSamples(IterableDataset[dict[str, Any]]):
     """Endless stream of one rank for training, or one pass over its tars for evaluation.
 
-    Samples are ``{"x": pixels, "index", "epoch"}`` with ``y``, the label, or ``texts``, one of the captions, drawn
-    anew in every epoch, keyed by (seed, epoch, name of the sample). Captions are read as those beside image files are
-    (:func:`~flexidit.captioned_images.find_captioned_images`): ``name.txt``, else ``name.json``.
+    Samples are ``{"x": pixels, "index", "epoch", "names"}`` with ``y``, the label, or ``texts``, one of the captions,
+    drawn anew in every epoch, keyed by (seed, epoch, name of the sample). Captions are read as those beside image files
+    are (:func:`~flexidit.captioned_images.find_captioned_images`): ``name.txt``, else ``name.json``.
 
     Args:
         tars: files or URLs.
@@ -167,7 +172,8 @@ class TarSamples(IterableDataset[dict[str, Any]]):
         flip: mirror half of the draws, when training.
         shuffle_buffer: samples held for shuffling.
         num_classes: for checking labels.
-        on_error: count and name broken samples, or refuse the first.
+        on_error: count and name broken samples and tars, also those that break or vanish during the run, or refuse the
+            first. Where a tar has vanished the others are read more often, and a resume of the run is not exact.
     """
 
     def __init__(
@@ -244,6 +250,23 @@ class TarSamples(IterableDataset[dict[str, Any]]):
                 f"{max(1, num_workers)} workers): lower num_workers, or write more and smaller tars"
             )
 
+    @property
+    def reads_what_others_read(self) -> bool:
+        """Whether there is no tar for this rank alone, which only an evaluation accepts."""
+        return self.rank >= len(self.tars)
+
+    def count_even_batches(self, batch_size: int, num_workers: int) -> int | None:
+        """Batches that each rank makes in an evaluation: as many as the rank with most has.
+
+        Otherwise one would wait for others in the middle of a sharded model. None if tars are not local files.
+        """
+        if any(_is_remote(tar) for tar in self.tars):
+            return None
+        sizes = {tar: count_samples([tar], self.target) for tar in self.tars}
+        workers = range(max(1, num_workers))
+        dealt = [[sizes[tar] for tar in self._dealt(self.tars, rank)] for rank in range(self.num_replicas)]
+        return max(sum(math.ceil(sum(own[worker :: len(workers)]) / batch_size) for worker in workers) for own in dealt)
+
     def _check_empty(self, empty: int) -> None:
         """Refuse tars without one usable sample, after some passes in a row that gave none.
 
@@ -260,22 +283,29 @@ class TarSamples(IterableDataset[dict[str, Any]]):
 
     def _has_tars(self) -> bool:
         info = get_worker_info()
-        return info is None or info.id < len(self.tars[self.rank :: self.num_replicas])
+        return info is None or info.id < len(self._dealt(self.tars, self.rank))
+
+    def _dealt(self, tars: list[str], rank: int) -> list[str]:
+        """Those of a rank; in evaluation there may be fewer than ranks, and some read the same."""
+        return tars[rank :: self.num_replicas] or [tars[rank % len(tars)]]
 
     def _pipeline(self, passes: int) -> Any:
         import webdataset as wds
+        from webdataset.tariterators import group_by_keys
 
         rng = random.Random(f"{self.seed}/{self.epoch}/{passes}")  # the same on all ranks: they share one order
         tars = rng.sample(self.tars, len(self.tars)) if self.training else self.tars
-        stream = wds.WebDataset(
-            tars, nodesplitter=self._split_by_rank, shardshuffle=False, handler=self._handle, empty_check=False
-        )
+        mine = wds.split_by_worker(iter(self._dealt(tars, self.rank)))
+        stages = [partial(read_members, mine, self._limit, self._handle), partial(group_by_keys, handler=self._handle)]
         if self.training and self.shuffle_buffer > 1:
-            stream = stream.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)
-        return stream.map(self._decode, handler=self._handle)
+            stages.append(wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng))
+        return wds.DataPipeline(*stages, wds.map(self._decode, handler=self._handle))
 
-    def _split_by_rank(self, tars: Iterator[Any]) -> Iterator[Any]:
-        return (tar for position, tar in enumerate(tars) if position % self.num_replicas == self.rank)
+    def _limit(self, suffixes: str) -> int | None:
+        """Bytes that a member may have; None: nobody reads it, pickles among others."""
+        if f".{suffixes}" in self.reader.suffixes:
+            return MAX_FILE_BYTES
+        return MAX_TEXT_BYTES if suffixes in _TARGET_KEYS[self.target] else None
 
     def _decode(self, sample: dict[str, Any]) -> dict[str, Any]:
         name = f"{sample.get('__url__')}: {sample['__key__']}"
@@ -290,12 +320,13 @@ class TarSamples(IterableDataset[dict[str, Any]]):
             raise BrokenSampleError(name, str(error)) from error
         if self.flip and draw_flip(self.seed, draw):
             pixels = pixels.flip(-1)
-        return {"x": pixels, **target, "index": torch.tensor(draw.sample), "epoch": torch.tensor(draw.epoch)}
+        drawn = {"index": torch.tensor(draw.sample), "epoch": torch.tensor(draw.epoch)}
+        return {"x": pixels, **target, **drawn, "names": printable(name)}
 
     def _label(self, sample: dict[str, Any]) -> dict[str, Any]:
         text = sample.get("cls", b"").decode(errors="replace").strip()
-        if not text.isdecimal():
-            raise BrokenFileError("has no label" if not text else f"has the label {text!r}")
+        if not text.isdecimal() or len(text) > _MAX_DIGITS:
+            raise BrokenFileError("has no label" if not text else f"has the label {textwrap.shorten(text, 40)!r}")
         if self.num_classes is not None and int(text) >= self.num_classes:
             raise BrokenFileError(f"has class {text}, the model has {self.num_classes} classes")
         return {"y": torch.tensor(int(text))}

@@ -52,7 +52,8 @@ class TextImageDataModule(CaptionedDataModule):
         val_fraction: share of ``train`` to hold out if ``val`` is None.
         num_train_samples: images in the training tars; None counts them, which reads all their headers.
         shuffle_buffer: samples held for shuffling a stream of tars.
-        on_error: count and leave out what is broken (images, captions, shards), or refuse the first.
+        on_error: count and leave out what is broken (images, captions, shards), or refuse the first; also
+            what breaks or vanishes during the run, whose place others take.
         seed: of order, choice of captions, flips, noise and split.
     """
 

@@ -60,7 +60,8 @@ class TextVideoDataModule(CaptionedDataModule):
         val_fraction: share of ``train`` to hold out if ``val`` is None.
         num_train_samples: clips in the training tars; None counts them, which reads all their headers.
         shuffle_buffer: clips held, as files, for shuffling a stream of tars.
-        on_error: count and leave out what is broken (clips, captions, shards), or refuse the first.
+        on_error: count and leave out what is broken (clips, captions, shards), or refuse the first; also
+            what breaks or vanishes during the run, whose place others take.
         seed: of order, choice of captions, windows, flips, noise and split.
     """
 

@@ -29,6 +29,7 @@ from flexidit.captioned_images import CaptionedIndex
 from flexidit.conditions import Captions
 from flexidit.draws import Draw, draw_choice
 from flexidit.files import write_atomically
+from flexidit.fingerprints import fingerprint_differences
 from flexidit.latent_encoding import (
     Codec,
     CompanionRows,
@@ -38,7 +39,7 @@ from flexidit.latent_encoding import (
     encode_with,
     hash_lines,
 )
-from flexidit.latent_shards import OnError, StoredLatents, fingerprint_differences
+from flexidit.latent_shards import OnError, StoredLatents
 from flexidit.skips import Skip
 from flexidit.text import CaptionEncoder
 
@@ -165,14 +166,14 @@ class CaptionedLatents(StoredLatents):
 
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
         """One sample: ``x`` (Z, h, w) float32, and ``y``, captions (1, L, E)."""
-        draw = Draw.of(key)
+        draw = self._readable(Draw.of(key))
         return {"x": self._sample(draw), "y": self._padded([self._drawn(draw)])}
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Any]:
-        """A batch: ``x`` (N, Z, h, w) float32, and ``y``, captions (N, L, E)."""
-        draws = [Draw.of(key) for key in keys]
+        """A batch: ``x`` (N, Z, h, w) float32, ``y``, captions (N, L, E), and ``names``."""
+        draws = [self._readable(Draw.of(key)) for key in keys]
         x = torch.stack([self._sample(draw) for draw in draws])
-        return {"x": x, "y": self._padded([self._drawn(draw) for draw in draws])}
+        return {"x": x, "y": self._padded([self._drawn(draw) for draw in draws]), "names": self._names(draws)}
 
     def captions(self, index: int) -> Captions:
         """All captions of one sample, in the order of the source: (its captions, L, E)."""

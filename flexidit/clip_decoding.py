@@ -31,6 +31,7 @@ _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,asf,flv,og
 _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 Shown = tuple[Fraction, Fraction]  # from when to when
 _SHORTFALL = Fraction(1, 2)  # seconds; durations in headers are rounded, and count the sound too
+_MAX_PIXELS = 1 << 26  # of a frame: twice those of 8K; a damaged header may ask for any number
 _DEFAULT_RATE = Fraction(25)  # of streams that do not say it: only the length of their last frame depends on it
 
 
@@ -114,6 +115,8 @@ def _best_stream(container: InputContainer) -> VideoStream:
         raise BrokenClipError("no video stream, only a cover picture")
     if not stream.codec_context.width or not stream.codec_context.height:
         raise BrokenClipError("frames of zero size")
+    if stream.codec_context.width * stream.codec_context.height > _MAX_PIXELS:
+        raise BrokenClipError(f"frames of {stream.codec_context.width} x {stream.codec_context.height} pixels")
     stream.codec_context.thread_count = 1  # loaders have processes, not cores to spare
     return stream
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ def read_image(source: Path | bytes) -> "Image":
     orientation is applied.
 
     Raises:
-        BrokenImageError: if the file is empty, truncated, or not an image.
+        BrokenImageError: if the file is empty, truncated, not an image, or has more pixels than
+            ``PIL.Image.MAX_IMAGE_PIXELS``, of which PIL itself only warns: some kilobytes can stand for gigabytes.
     """
     from PIL import Image, ImageOps
 
@@ -46,9 +48,11 @@ def read_image(source: Path | bytes) -> "Image":
     if not data:
         raise BrokenImageError("zero bytes")
     try:
-        with Image.open(BytesIO(data)) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+        with catch_warnings():
+            simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(data)) as image:
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
     # PIL reports broken files through many unrelated classes: EOFError, SyntaxError, struct.error, ...
     except Exception as error:
         raise BrokenImageError(_reason(error)) from error
@@ -104,9 +108,20 @@ def read_pixels(source: Path | bytes, size: int) -> Tensor:
     """Read, crop and scale one image: (3, S, S) in [-1, 1].
 
     Raises:
-        BrokenImageError: if the file cannot be decoded.
+        BrokenImageError: if the file cannot be decoded, or is so narrow that its other side would become absurdly long.
     """
-    return to_pixels(center_crop(read_image(source), size)).contiguous()
+    image = read_image(source)
+    _check_shape(image.size, size)
+    return to_pixels(center_crop(image, size)).contiguous()
+
+
+def _check_shape(sides: tuple[int, int], size: int) -> None:
+    """Refuse what the crop would first enlarge beyond what is read at all."""
+    from PIL import Image
+
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and size * size * max(sides) > limit * min(sides):
+        raise BrokenImageError(f"{sides[0]} x {sides[1]} pixels, too narrow for a crop of {size}")
 
 
 @dataclass(frozen=True)

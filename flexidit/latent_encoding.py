@@ -21,15 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flexidit.files import write_atomically
+from flexidit.fingerprints import check_fingerprint, make_fingerprint
 from flexidit.images import ImageIndex
-from flexidit.latent_shards import (
-    METADATA_FILE,
-    Metadata,
-    ShardEntry,
-    check_fingerprint,
-    make_fingerprint,
-    sha256_of,
-)
+from flexidit.latent_metadata import METADATA_FILE, Metadata, ShardEntry
+from flexidit.latent_shards import sha256_of
 from flexidit.latents import Codec, CodecDtype
 from flexidit.sample_readers import ImageReader, SampleReader
 from flexidit.skips import BrokenFileError, Skip, SkipReport

@@ -2,7 +2,7 @@
 
 A folder of latents holds::
 
-    metadata.json             fingerprint, source, and one entry a shard (see :class:`Metadata`)
+    metadata.json             fingerprint, source, and one entry a shard (see ``latent_metadata.py``)
     shard-00000.safetensors   mean, mean_flip (N, Z, h, w); std, std_flip if the VAE is not deterministic;
                               index (N,) int64, position in the sorted list of source files; and what the model is
                               told beside the samples: label (N,) int64, or captions (see ``caption_shards.py``)
@@ -17,11 +17,10 @@ draws new latents and flips as training from pixels would. Files appear under th
 """
 
 import hashlib
-import json
 import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -32,104 +31,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flexidit.draws import Draw, draw_flip, draw_noise
-from flexidit.files import write_atomically
+from flexidit.fingerprints import check_fingerprint
+from flexidit.latent_metadata import Metadata, ShardEntry
+from flexidit.lost_shards import LostShards
 from flexidit.skips import SkipReport
 
-FORMAT = "flexidit-latents-1"
-METADATA_FILE = "metadata.json"
 OnError = Literal["skip", "raise"]
 _HINT = "run `flexidit encode` again to complete it, or set on_error to skip"
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ShardEntry:
-    """What the metadata says about one shard."""
-
-    file: str
-    count: int
-    bytes: int
-    sha256: str
-    channel_mean: list[float]
-    """Mean of the sampled latents per channel, in the model's scale."""
-    channel_std: list[float]
-    """Standard deviation of the sampled latents per channel, the VAE's own deviation included."""
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    """What was left out."""
-    truncated: list[dict[str, str]] = field(default_factory=list)
-    """Captions that lost their ends."""
-
-    def damage(self, root: Path) -> str | None:
-        """Why the file cannot be used, or None; looks at its size and not at its content."""
-        path = root / self.file
-        if not path.is_file():
-            return "missing"
-        if path.stat().st_size != self.bytes:
-            return f"cut or altered: {path.stat().st_size} of {self.bytes} bytes"
-        return None
-
-
-@dataclass
-class Metadata:
-    """Content of ``metadata.json``."""
-
-    fingerprint: dict[str, Any]
-    """What makes latents interchangeable: codec, sizes, crop, flips; of captioned ones the text encoder too."""
-    source: dict[str, Any]
-    """What was encoded, for continuing: number of files, hash of names with labels or captions, shard size, dtype."""
-    latent_shape: list[int]
-    complete: bool = False
-    shards: dict[str, ShardEntry] = field(default_factory=dict)
-    """By shard number, written as text."""
-
-    @classmethod
-    def load(cls, root: str | Path) -> "Metadata":
-        """Read it from a folder of latents.
-
-        Raises:
-            FileNotFoundError: if the folder holds no metadata.
-            ValueError: if the file is damaged or of another format.
-        """
-        path = Path(root) / METADATA_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"no latents in {root}: it has no {METADATA_FILE}; run `flexidit encode`")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format", None) != FORMAT:
-                raise ValueError(f"not of format {FORMAT}")
-            shards = {number: ShardEntry(**entry) for number, entry in content.pop("shards").items()}
-            return cls(**content, shards=shards)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not readable as latent metadata ({error}): encode again") from error
-
-    def save(self, root: Path) -> None:
-        """Write it to a folder, atomically."""
-        content = {"format": FORMAT, **asdict(self)}
-        content["shards"] = dict(sorted(content["shards"].items(), key=lambda item: int(item[0])))
-        for entry in content["shards"].values():
-            if not entry["truncated"]:  # labels have none, and readers without captions do not know the field
-                del entry["truncated"]
-        text = json.dumps(content, indent=1)
-        write_atomically(root / METADATA_FILE, text.encode())
-
-    def entries(self) -> list[ShardEntry]:
-        """The shards in order."""
-        return [self.shards[number] for number in sorted(self.shards, key=int)]
-
-    @property
-    def num_samples(self) -> int:
-        """Samples that were encoded."""
-        return sum(entry.count for entry in self.shards.values())
-
-    def statistics(self) -> dict[str, list[float]]:
-        """Mean and standard deviation of the latents per channel, over all shards."""
-        entries = [entry for entry in self.entries() if entry.count]
-        count = torch.tensor([entry.count for entry in entries], dtype=torch.float64)[:, None]
-        mean = torch.tensor([entry.channel_mean for entry in entries], dtype=torch.float64)
-        std = torch.tensor([entry.channel_std for entry in entries], dtype=torch.float64)
-        total_mean = (count * mean).sum(0) / count.sum()
-        square = (count * (std.square() + mean.square())).sum(0) / count.sum()
-        return {"mean": total_mean.tolist(), "std": (square - total_mean.square()).clamp(min=0).sqrt().tolist()}
 
 
 def sha256_of(path: Path) -> str:
@@ -145,58 +54,22 @@ def _sha256(handle: Any) -> str:
     return digest.hexdigest()
 
 
-def make_fingerprint(codec: Mapping[str, Any], reader: Mapping[str, Any], *, has_flip: bool) -> dict[str, Any]:
-    """Fingerprint of a set of latents, of the codec's and the reader's."""
-    return {"codec": dict(codec), **reader, "has_flip": has_flip}
-
-
-def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Refuse latents that were made in another way than the run is configured for.
-
-    Args:
-        found: fingerprint of the latents.
-        expected: what the run is configured for; fields that it lacks are not compared.
-        where: name of the latents for the message.
-
-    Raises:
-        ValueError: naming the first field that differs, and both values.
-    """
-    for name, (theirs, ours) in fingerprint_differences(found, expected).items():
-        if name.endswith("_sha256") and name.startswith("names_and"):
-            raise ValueError(f"the latents in {where} are of other files, labels or captions: give another folder")
-        raise ValueError(
-            f"the latents in {where} were made with {name} = {theirs!r}, this run is configured for {ours!r}: "
-            "encode again, or configure the run as they were made"
-        )
-
-
-def fingerprint_differences(
-    found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = ""
-) -> dict[str, tuple[Any, Any]]:
-    """Fields of ``expected`` that differ, by dotted name, as (found, expected)."""
-    differences: dict[str, tuple[Any, Any]] = {}
-    for name, ours in expected.items():
-        theirs = found.get(name)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            differences |= fingerprint_differences(theirs, ours, f"{prefix}{name}.")
-        elif theirs != ours:
-            differences[prefix + name] = (theirs, ours)
-    return differences
-
-
 class StoredLatents(Dataset[Any]):
     """Map-style, memory-mapped latents, without what the model is told beside them: that is up to the subclasses.
 
     A sample is ``mean + std * noise`` of the image or clip or, half of the time, of its mirror image; flip and noise
     are keyed by (seed, epoch, position in the source), so skipped files change nothing for the others.
 
+    Shards may also go while a run is on: their samples are replaced (:class:`~flexidit.lost_shards.LostShards`). What
+    is read from then on depends on when it was noticed, and a resume, which finds fewer samples, is not exact.
+
     Args:
         root: folder written by ``flexidit encode``.
         expected: fingerprint fields that the latents must have; None accepts any.
         seed: key of the flips and the noise.
         flip: draw flips. If the latents have no mirror images, asking for flips is refused.
-        on_error: what to do with shards that are missing or cut and with an encoding that is not complete: leave
-            them out and count them, or refuse.
+        on_error: what to do with shards that are missing or cut, now or later, and with an encoding that is not
+            complete: leave them out and count them, or refuse.
 
     Raises:
         FileNotFoundError: if there are no latents.
@@ -219,7 +92,7 @@ class StoredLatents(Dataset[Any]):
         if flip and not self.metadata.fingerprint["has_flip"]:
             raise ValueError(f"the latents in {root} have no mirror images: set flip to false, or encode them again")
         self.seed, self.flip, self.on_error = seed, flip, on_error
-        self.report = SkipReport()
+        self._damaged = SkipReport()
         self._handles: dict[str, Any] = {}
         self._read_tables()
         self._check_readable()
@@ -234,6 +107,23 @@ class StoredLatents(Dataset[Any]):
     def fingerprint(self) -> dict[str, Any]:
         """How the latents were made."""
         return self.metadata.fingerprint
+
+    @property
+    def report(self) -> SkipReport:
+        """Shards that were left out from the beginning, and those that were lost since, noticed by any worker."""
+        report = SkipReport(list(self._damaged))
+        for shard in self.lost:
+            report.add(self._files[shard], f"lost during the run, {self.lost.sizes[shard]} samples")
+        return report
+
+    def check_files(self) -> None:
+        """Notice shards that are gone or cut by now, before a cut one is read, which would kill the process."""
+        entries = {entry.file: entry for entry in self.metadata.entries()}
+        for shard, file in enumerate(self._files):
+            with suppress(OSError):  # a file system that does not answer now may do so later
+                reason = None if shard in self.lost else entries[file].damage(self.root)
+                if reason is not None:
+                    self._lose(shard, reason)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -265,6 +155,35 @@ class StoredLatents(Dataset[Any]):
         shard, row = self._locate(index)
         return self._open(self._files[shard]), row
 
+    def _readable(self, draw: Draw) -> Draw:
+        """The draw or, if its shard is lost, that of another sample."""
+        found = draw
+        while not self._can_open(self._locate(found.sample)[0]):
+            found = Draw(self.lost.replacement(self.seed, self._source_draw(draw)), draw.epoch)
+        return found
+
+    def _can_open(self, shard: int) -> bool:
+        if shard in self.lost:
+            return False
+        try:
+            self._open(self._files[shard])
+        except (OSError, SafetensorError) as error:
+            self._lose(shard, f"unreadable: {error}")
+            return False
+        return True
+
+    def _lose(self, shard: int, reason: str) -> None:
+        file = f"shard {self._files[shard]} of {self.root}"
+        if self.on_error == "raise":
+            raise ValueError(f"{file} was lost during the run ({reason}): restore it, and go on with --ckpt_path last")
+        logger.warning("%s was lost (%s): other samples are read in the place of its own", file, reason)
+        self.lost.add(shard)
+
+    def _names(self, draws: Sequence[Draw]) -> list[str]:
+        """Of samples: file and row, which is a line of the .jsonl beside it."""
+        places = (self._locate(draw.sample) for draw in draws)
+        return [f"{self._files[shard]} row {row}" for shard, row in places]
+
     def _source_draw(self, draw: Draw) -> Draw:
         """The key of a sample's draws: its place in the source, which the absence of others does not change."""
         return Draw(int(self.indices[draw.sample]), draw.epoch)
@@ -287,6 +206,7 @@ class StoredLatents(Dataset[Any]):
             try:
                 if reason is None and entry.count:
                     handle = self._open(entry.file)
+                    self._check_rows(handle, entry.count)
                     companions.append(self._read_companions(handle))
                     indices.append(handle.get_tensor("index"))
                     self._files.append(entry.file)
@@ -296,24 +216,35 @@ class StoredLatents(Dataset[Any]):
                 reason = str(error)
             if reason is not None:
                 self._handle_damage(entry, reason)
-        self._ends = list(accumulate(len(index) for index in indices))
+        self.lost = LostShards([len(index) for index in indices])
+        self._ends = list(accumulate(self.lost.sizes))
         self.indices = torch.cat([torch.empty(0, dtype=torch.int64), *indices])
         self._set_companions(companions)
 
     def _handle_damage(self, entry: ShardEntry, reason: str) -> None:
         if self.on_error == "raise":
             raise ValueError(f"shard {entry.file} of {self.root} is damaged ({reason}): {_HINT}")
-        self.report.add(entry.file, f"{reason}, {entry.count} samples")
+        self._damaged.add(entry.file, f"{reason}, {entry.count} samples")
+
+    def _check_rows(self, handle: Any, count: int) -> None:
+        """Refuse a shard whose tensors are not what the metadata says, before a step finds out."""
+        wanted = {"index": [count], "mean": [count, *self.metadata.latent_shape]}
+        wanted |= {"mean_flip": wanted["mean"]} if self.metadata.fingerprint.get("has_flip") else {}
+        wanted |= {name: wanted["mean"] for name in handle.keys() if name in ("std", "std_flip")}  # noqa: SIM118
+        for name, shape in wanted.items():
+            found = handle.get_slice(name).get_shape()
+            if found != shape:
+                raise ValueError(f"its {name} has the shape {found}, the metadata say {shape}")
 
     def _check_readable(self) -> None:
         if not len(self):
-            raise ValueError(f"no shard in {self.root} can be read ({self.report.summary('shard')}): encode again")
+            raise ValueError(f"no shard in {self.root} can be read ({self._damaged.summary('shard')}): encode again")
         if not self.metadata.complete and self.on_error == "raise":
             raise ValueError(f"the encoding in {self.root} was interrupted: {_HINT}")
 
     def _warn(self) -> None:
-        if len(self.report):
-            logger.warning("%s: %s", self.root, self.report.summary("shard"))
+        if len(self._damaged):
+            logger.warning("%s: %s", self.root, self._damaged.summary("shard"))
         if not self.metadata.complete:
             logger.warning("%s: the encoding was interrupted, %d samples are there", self.root, len(self))
         std = self.metadata.statistics()["std"]
@@ -358,21 +289,24 @@ class LatentShards(StoredLatents):
 
     def __getitem__(self, key: int | Draw) -> dict[str, Tensor]:
         """One sample: ``x`` (Z, h, w) float32 and ``y`` () int64."""
-        draw = Draw.of(key)
+        draw = self._readable(Draw.of(key))
         return {"x": self._sample(draw), "y": self.labels[draw.sample]}
 
-    def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Tensor]:
-        """A batch: ``x`` (N, Z, h, w) float32 and ``y`` (N,) int64."""
-        draws = [Draw.of(key) for key in keys]
+    def __getitems__(self, keys: Sequence[int | Draw]) -> dict[str, Any]:
+        """A batch: ``x`` (N, Z, h, w) float32, ``y`` (N,) int64, and ``names``."""
+        draws = [self._readable(Draw.of(key)) for key in keys]
         x = torch.stack([self._sample(draw) for draw in draws])
-        return {"x": x, "y": self.labels[[draw.sample for draw in draws]]}
+        return {"x": x, "y": self.labels[[draw.sample for draw in draws]], "names": self._names(draws)}
 
     def _check_kind(self) -> None:
         if "text_encoder" in self.fingerprint:
             raise ValueError(f"the latents in {self.root} have captions and no labels: they are for text-to-image data")
 
     def _read_companions(self, handle: Any) -> Tensor:
-        return handle.get_tensor("label")
+        labels = handle.get_tensor("label")
+        if labels.shape != handle.get_tensor("index").shape or bool((labels < 0).any()):
+            raise ValueError("its labels are not one number from 0 on for each sample")
+        return labels
 
     def _set_companions(self, tables: list[Tensor]) -> None:
         self.labels = torch.cat([torch.empty(0, dtype=torch.int64), *tables])

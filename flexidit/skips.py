@@ -9,6 +9,11 @@ class BrokenFileError(ValueError):
     """A file that cannot be used; the message is the reason, without the file's name."""
 
 
+def printable(text: str) -> str:
+    """A name as a terminal may be shown it: control characters and broken code points are spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 @dataclass(frozen=True)
 class Skip:
     """One thing that was left out, and why."""

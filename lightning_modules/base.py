@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from flexidit.conditions import Captions, choose
 from flexidit.config import config_to_dict
@@ -33,6 +32,8 @@ from lightning_modules.data_contract import (
     warn_of_other_codec,
 )
 from lightning_modules.draws import SampleDraws, draw_patch_size, places
+from lightning_modules.gradients import clip_gradients
+from lightning_modules.guards import StepGuard
 from lightning_modules.one_reader import device_of, read_once, read_target
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
 from lightning_modules.sharding import GatherDtype, check_gathering, shard, start_moments
@@ -67,7 +68,8 @@ class DiffusionModule(LightningModule, ABC):
     error of the velocity (:mod:`flexidit.diffusion.flow`).
 
     Subclasses say what the model is, in :meth:`build_model`. Batches are ``{"x": (N, C, H, W), "y": N conditions}``:
-    labels (N,), or :class:`Captions`.
+    labels (N,), or :class:`Captions`; with ``names``, N strings, their samples can be named.
+    Validation gives no weight to batches that are ``repeated``.
 
     A checkpoint holds all weights. Where the base is frozen (recipe "lora") and comes from ``target.checkpoint``, it
     holds what trains, and says which base that belongs to (:mod:`lightning_modules.trained_state`).
@@ -109,6 +111,8 @@ class DiffusionModule(LightningModule, ABC):
         self.model: FlexiTransformer
         self.base_identity: BaseIdentity | None = None
         self.step_flops = 0
+        self.step_skipped: Tensor | None = None
+        """() float32, 1 if the last optimizer step was left out and else 0, on the device; see :class:`StepGuard`."""
         self._null_captions: Captions | None = None
         self._codec: list[Any] = []  # in a list: never a submodule of what is trained
         self._since_logged: dict[str, list[Tensor]] = {}
@@ -241,9 +245,10 @@ class DiffusionModule(LightningModule, ABC):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         draws = self._draws("validation", 0, self._num_validated, len(batch["y"]))
         self._num_validated += len(batch["y"])
+        weight = 0 if batch.get("repeated") else len(batch["y"])  # what keeps ranks in step counts for nothing
         for patch_size in self.judged_patch_sizes:  # every size is judged on the same draws
             loss = self.loss(batch, patch_size, draws)
-            self.log(f"val/loss_{patch_size.name}", loss, sync_dist=True, batch_size=len(batch["y"]))
+            self.log(f"val/loss_{patch_size.name}", loss, sync_dist=True, batch_size=weight)
         if batch_idx == 0 and len(self.model.patch_sizes) > 1 and not self.trainer.sanity_checking:
             self._gap = self._measure_gap(batch, draws)
 
@@ -254,6 +259,10 @@ class DiffusionModule(LightningModule, ABC):
         if self._gap and self.trainer.is_global_zero:
             self._draw_gap()
         self._gap = {}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """A guard, if the trainer has none."""
+        return [StepGuard()] if StepGuard.of(self.trainer) is None else []
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -274,14 +283,10 @@ class DiffusionModule(LightningModule, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning refuses to clip with a fused optimizer under bf16-mixed (Lightning #21435); torch does not mind.
-        if not gradient_clip_val:
-            return
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        if gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(parameters, float(gradient_clip_val))
-            return
-        norm = nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
-        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
+        self.log("train/grad_norm", norm)
+        guard = StepGuard.of(self.trainer)
+        self.step_skipped = None if guard is None else guard.judge(self, optimizer, norm)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All weights; without a base that checkpoints name instead of holding it."""

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from flexidit.conditions import Captions
 from flexidit.config import CaptionedConfig, DiTConfig, TransformerConfig
-from flexidit.latent_shards import fingerprint_differences
+from flexidit.fingerprints import fingerprint_differences
 
 
 def check_data(config: TransformerConfig, datamodule: Any) -> None:

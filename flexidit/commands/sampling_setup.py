@@ -133,7 +133,7 @@ def _recorded_codec(path: str) -> Mapping[str, Any] | None:
 def warn_of_other_codec(loaded: LoadedModel, codec: Codec | None) -> None:
     """Say on standard error that the model's latents are not those of this VAE."""
     if loaded.latents is not None and codec is not None:
-        from flexidit.latent_shards import fingerprint_differences
+        from flexidit.fingerprints import fingerprint_differences
 
         differing = fingerprint_differences(loaded.latents, codec.fingerprint)
         if differing:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flexidit.commands.endings import blaming_the_first, with_endings
 from flexidit.weight_files import check_pickle
+from flexidit.worker_faults import explain_worker
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
 
 _CONFIG = "configs/imagenet/class_conditional_xl2.yaml"
@@ -136,6 +137,8 @@ def run(args: Sequence[str]) -> int:
             raise
         raise ValueError("--ckpt_path takes checkpoints of `flexidit fit`; weights go to target.checkpoint") from error
     except RuntimeError as error:
+        if (told := explain_worker(error)) is not None:
+            raise told from error
         if "Error(s) in loading state_dict" not in str(error):
             raise
         raise ValueError(f"the checkpoint is of another model: {_first_line(str(error))}") from error

@@ -274,3 +274,33 @@ def test_sharded_equals_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(saved["state"]["average"][name], value)
     with ema.swapped(net), torch.no_grad():
         torch.testing.assert_close(saved["inside"], net(torch.ones(1, 3)))
+
+
+def test_an_update_on_a_step_that_was_left_out_changes_nothing() -> None:
+    module = nn.Linear(3, 2)
+    ema, taken = EMA(0.9), EMA(0.9)
+    for one in (ema, taken):
+        one.update(module)
+    before = {name: value.clone() for name, value in ema.average.items()}
+    nn.init.normal_(module.weight)
+    ema.update(module, torch.tensor(1.0))
+    assert all(torch.equal(value, before[name]) for name, value in ema.average.items())
+    assert ema.num_updates == 2  # it takes its number, as the step does
+    ema.update(module, torch.tensor(0.0))
+    taken.update(module)
+    assert all(torch.equal(value, taken.average[name]) for name, value in ema.average.items())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_verdict_that_stays_on_the_device_has_the_same_effect_to_the_bit(device: str) -> None:
+    # What a GPU does instead of looking: the share as a tensor, one a parameter.
+    share = 1 - 0.9999
+    weights = [torch.randn(7, 5, device=device), torch.randn(11, device=device)]
+    averages = [torch.randn_like(weight) for weight in weights]
+    expected = [average.clone() for average in averages]
+    torch._foreach_lerp_(expected, weights, share)
+    found = [average.clone() for average in averages]
+    torch._foreach_lerp_(found, weights, [share * (1 - torch.tensor(1.0, device=device))] * 2)
+    assert all(map(torch.equal, found, averages))
+    torch._foreach_lerp_(found, weights, [share * (1 - torch.tensor(0.0, device=device))] * 2)
+    assert all(map(torch.equal, found, expected))

@@ -19,7 +19,7 @@ def test_batches_are_pixels_and_labels_of_the_training_part():
     batches = list(data.train_dataloader())
     x, y = data.train_images()
     assert len(batches) == len(y) // 32
-    assert all(set(batch) == {"x", "y"} for batch in batches)
+    assert all(set(batch) == {"x", "y", "names"} for batch in batches)
     assert batches[0]["x"].shape == (32, *data.sample_shape)
     known = {image.numpy().tobytes(): int(label) for image, label in zip(x, y, strict=True)}
     batch = batches[3]

@@ -38,7 +38,7 @@ def test_encoding_on_the_fly_equals_stored_latents(image_folder, latents, kl_vae
 def test_pixels_without_a_vae(image_folder):
     data = ImageNetDataModule(str(image_folder), **COMMON)
     batch = batches(data, data.train_dataloader())[0]
-    assert set(batch) == {"x", "y"}
+    assert set(batch) == {"x", "y", "names"}
     assert batch["x"].shape == (4, *data.sample_shape) == (4, 3, 16, 16)
 
 
@@ -101,7 +101,7 @@ def test_tars_train_and_validate(image_folder, kl_vae, tmp_path):
     write_tars(image_folder, tmp_path / "tars")
     data = ImageNetDataModule(str(tmp_path / "tars"), val=str(tmp_path / "tars"), vae=str(kl_vae), **COMMON)
     train = batches(data, data.train_dataloader())
-    assert [set(batch) for batch in train] == [{"x", "y"}] * 3
+    assert [set(batch) for batch in train] == [{"x", "y", "names"}] * 3
     assert train[0]["x"].shape == (4, 4, 4, 4)
     assert sorted(label for batch in data.val_dataloader() for label in batch["y"].tolist()) == sorted([0, 1, 2] * 4)
     with pytest.raises(ValueError, match="cannot hold out"):
@@ -120,7 +120,7 @@ class Model(L.LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        assert set(batch) == {"x", "y"}
+        assert set(batch) == {"x", "y", "names"}
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -154,6 +154,68 @@ def test_an_interrupted_fit_has_the_losses_of_an_uninterrupted_one(kind, image_f
     whole = fit(make(), 10)
     assert fit(make(), 5, tmp_path) == whole[:5]
     assert fit(make(), 10, ckpt_path=tmp_path / "stop.ckpt") == whole[5:]
+
+
+def delete_at_step_2(data, file, steps=8):
+    """What a fit read in its last two steps: an epoch has three, and files are looked at before each batch."""
+    read = []
+
+    class Delete(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            read.append(batch["names"])
+            if trainer.global_step == 2:
+                file.unlink()
+
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        callbacks=[Delete()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Model(), data)
+    assert len(read) == steps
+    return [name for names in read[-2:] for name in names]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", ["latents", "tars", "images"])
+def test_a_shard_deleted_under_a_running_fit_is_named_and_the_fit_goes_on(
+    kind, num_workers, image_folder, latents, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("datamodules.loading._SECONDS_BETWEEN_LOOKS", -1.0)
+    write_tars(image_folder, tmp_path / "tars")
+    source, name = {
+        "latents": (latents, "shard-00001.safetensors"),
+        "tars": (tmp_path / "tars", "1.tar"),
+        "images": (image_folder, "n00000001/05.jpg"),
+    }[kind]
+    if kind == "tars":
+        num_workers = min(num_workers, 1)
+    data = ImageNetDataModule(str(source), **{**COMMON, "num_workers": num_workers})
+    names = delete_at_step_2(data, source / name)
+    assert not any(name in read for read in names)
+    [skip] = data.skipped()["train"]
+    assert skip.name.endswith(name)
+    assert any(reason in skip.reason for reason in ("lost during the run", "No such file"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["latents", "tars", "images"])
+def test_or_ends_in_one_sentence_by_choice(kind, image_folder, latents, tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodules.loading._SECONDS_BETWEEN_LOOKS", -1.0)
+    write_tars(image_folder, tmp_path / "tars")
+    source, name = {
+        "latents": (latents, "shard-00001.safetensors"),
+        "tars": (tmp_path / "tars", "1.tar"),
+        "images": (image_folder, "n00000001/05.jpg"),
+    }[kind]
+    data = ImageNetDataModule(str(source), on_error="raise", **{**COMMON, "num_workers": 1})
+    with pytest.raises(ValueError, match=f"^[^\n]*{name}[^\n]*$"):
+        delete_at_step_2(data, source / name)
 
 
 def test_every_argument_has_help():

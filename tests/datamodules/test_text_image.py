@@ -97,7 +97,7 @@ def test_every_source_gives_captions_that_belong_to_their_images(kind, num_worke
     data = TextImageDataModule(str(source), **{**COMMON, "num_workers": num_workers})
     epochs = [batches(data, loader) for loader in [data.train_dataloader()] for _ in range(4)]
     for batch in epochs[0]:
-        assert set(batch) == {"x", "y"}
+        assert set(batch) == {"x", "y", "names"}
         assert batch["x"].shape == (4, *data.sample_shape)
         assert batch["x"].dtype == torch.float32
         assert batch["y"].embeddings.shape == (4, *data.caption_shape)
@@ -227,7 +227,7 @@ class Model(L.LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        assert set(batch) == {"x", "y"}
+        assert set(batch) == {"x", "y", "names"}
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)

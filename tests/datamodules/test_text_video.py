@@ -79,7 +79,7 @@ def test_every_source_gives_captioned_clips(kind, num_workers, request):
     data = TextVideoDataModule(str(request.getfixturevalue(kind)), **{**COMMON, "num_workers": num_workers})
     read = batches(data)
     for batch in read:
-        assert set(batch) == {"x", "y"}
+        assert set(batch) == {"x", "y", "names"}
         assert batch["x"].shape == (2, *data.sample_shape)
         assert batch["x"].dtype == torch.float32
         assert batch["y"].embeddings.shape == (2, *data.caption_shape)

@@ -10,7 +10,8 @@ from flexidit.captioned_images import find_captioned_images
 from flexidit.draws import Draw, draw_choice, draw_flip, draw_noise
 from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeSettings, encode_images
-from flexidit.latent_shards import LatentShards, Metadata
+from flexidit.latent_metadata import Metadata
+from flexidit.latent_shards import LatentShards
 from flexidit.latents import LatentCodec, PixelCodec
 from flexidit.sample_readers import ImageReader
 from flexidit.text import WordEncoder

@@ -242,3 +242,10 @@ def test_real_clips_that_are_cut_are_read_up_to_the_cut_or_named(share, test_dat
             assert re.search("cut off|damaged", read), path
         else:
             assert read.equal(read_clip(path, settings, 0.0)), path
+
+
+def test_frames_of_an_absurd_size_are_named(write_clip, tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4")
+    monkeypatch.setattr("flexidit.clip_decoding._MAX_PIXELS", 40 * 32 - 1)
+    with pytest.raises(BrokenClipError, match="frames of 40 x 32 pixels"):
+        probe_clip(path)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from flexidit.images import find_images, read_pixels
 from flexidit.latent_encoding import EncodeSettings, encode_images
-from flexidit.latent_shards import Metadata, sha256_of
+from flexidit.latent_metadata import Metadata
+from flexidit.latent_shards import sha256_of
 from flexidit.latents import LatentCodec
 from flexidit.sample_readers import ImageReader
 from flexidit.skips import BrokenFileError

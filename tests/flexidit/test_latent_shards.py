@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from flexidit.draws import Draw, draw_flip, draw_noise
+from flexidit.fingerprints import check_fingerprint
 from flexidit.images import find_images
 from flexidit.latent_encoding import EncodeSettings, encode_images
-from flexidit.latent_shards import LatentShards, Metadata, check_fingerprint
+from flexidit.latent_metadata import Metadata
+from flexidit.latent_shards import LatentShards
 from flexidit.latents import LatentCodec
 from flexidit.sample_readers import ImageReader
 

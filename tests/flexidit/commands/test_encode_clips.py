@@ -11,7 +11,7 @@ from flexidit.caption_shards import CaptionedLatents, encode_captioned
 from flexidit.captioned_images import find_captioned_clips
 from flexidit.clips import ClipSettings, read_clip
 from flexidit.latent_encoding import EncodeSettings
-from flexidit.latent_shards import Metadata
+from flexidit.latent_metadata import Metadata
 from flexidit.latents import LatentCodec
 from flexidit.sample_readers import ClipReader
 from flexidit.text import make_text_encoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
@@ -183,3 +184,26 @@ def test_a_damaged_checkpoint_is_one_sentence(
     assert fit("--trainer.max_steps=2", "--ckpt_path", given) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "last.ckpt is damaged" in message or "last.ckpt is not a checkpoint" in message
+
+
+def test_a_run_that_diverges_ends_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="step 1 was left out, the 1st of this run"):
+        code = fit("--trainer.max_steps=40", "--model.init_args.optimizer.lr=1e38")
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2
+    assert said.startswith("flexidit fit: 11 steps in a row were not finite and were left out, the run has diverged: ")
+    assert Path("ckpt", "good_step=12.ckpt").is_file()
+    lines = [json.loads(line) for line in Path("skipped_steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 12))
+    assert all(len(line["ranks"][0]["bad"]) == 128 for line in lines)
+
+
+def test_a_data_process_that_dies_ends_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*args: Any) -> None:  # torch's signal handler raises wherever the main process is
+        raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("lightning_modules.base.DiffusionModule.loss", die)
+    assert fit("--trainer.max_steps=2") == 2
+    assert "flexidit fit: process 12, which read data, died (Killed): " in capsys.readouterr().err
