@@ -28,6 +28,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadgroup`` all tests of several processes run on one worker, one after another, and start first.
+
+    Two of them at once would wait for one another's processes, and what a module shares would run on both workers.
+    (xdist 3.8 writes the mark ``xdist_group`` into an attribute that pytest 9.2 does not read any more.)
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class DistributedTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "distributed" if "distributed" in nodeid.partition("::")[0] else nodeid
+
+    return DistributedTogether(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -28,8 +28,6 @@ from lightning_modules import Distillation
 from lightning_modules.draws import draw_patch_size
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 TINY = {"input_size": 8, "in_channels": 1, "depth": 2, "hidden_size": 32, "num_heads": 2}
 GLOBAL_BATCH, STEPS, STOP = 16, 5, 3
 RESUMES = ("file", "folder")

@@ -25,8 +25,6 @@ from flexidit.checkpoint import save_checkpoint
 from lightning_modules import ClassConditional
 from lightning_modules.settings import FlexSettings, MatchingSettings, OptimizerSettings, TargetSettings
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 TINY = {"input_size": 8, "in_channels": 1, "num_classes": 10, "depth": 2, "hidden_size": 32, "num_heads": 2}
 GLOBAL_BATCH, STEPS = 16, 5
 

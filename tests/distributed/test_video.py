@@ -33,8 +33,6 @@ from lightning_modules.draws import draw_patch_size
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
 from lightning_modules.sharding import shard
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 TINY = {"input_size": (5, 16, 16), "depth": 2, "hidden_size": 48, "num_heads": 2}  # frames that 2x2x2 does not divide
 GLOBAL_BATCH, STEPS, STOP = 8, 5, 3
 SIZES = [PatchSize.parse(size) for size in ("1x2x2", "2x2x2", "1x4x4")]
