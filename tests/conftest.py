@@ -63,6 +63,28 @@ def randomised() -> Callable[..., nn.Module]:
     return fill
 
 
+class _Hostile:
+    """Unpickled with all that pickle can do, it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Callable[..., Path]:
+    """Write a checkpoint that makes the file ``was_run`` beside it if its code is run: ``(path)``."""
+
+    def write(path: Path) -> Path:
+        values = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "global_step": 1, "epoch": 0}
+        torch.save({**values, "hook": _Hostile(path.parent / "was_run")}, path)
+        return path
+
+    return write
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Twelve smooth JPEGs of unequal sizes, four in each of three class folders."""
