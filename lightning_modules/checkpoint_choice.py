@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,19 @@ def choose(path: Path, trainer: Trainer, takes_newest: bool) -> Path:
     """
     module, resumes = trainer.lightning_module, trainer.state.fn == "fit"
     others = run_checkpoints(trainer) if takes_newest else _siblings(path)
-    try:
-        check_checkpoint(path, module, resumes)
-    except (ValueError, FileNotFoundError) as error:
-        good = next(_good(others, path, module, resumes), None)
-        if good is None or not takes_newest:
-            raise ValueError(f"{error}; {_offered(good, path)}") from None
-        rank_zero_warn(f"{error}; going on from {good}, the newest good one before it")
-        return good
-    return path
+    problems: list[str] = []
+    for candidate in [path, *(other for other in others if other != path)]:
+        try:
+            check_checkpoint(candidate, module, resumes)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            continue
+        if candidate != path and not takes_newest:
+            raise ValueError(f"{problems[0]}; {_offered(candidate, path)}")
+        if problems:
+            rank_zero_warn(f"{'; '.join(problems)}; going on from {candidate}, the newest good one")
+        return candidate
+    raise ValueError(f"{problems[0]}; {_offered(None, path)}")
 
 
 def _described(path: Path, check_bytes: bool = True) -> Mapping[str, Any]:
@@ -121,16 +125,6 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 def _siblings(path: Path) -> list[Path]:
     return candidates([path.parent])
-
-
-def _good(paths: Iterable[Path], asked: Path, module: LightningModule, resumes: bool) -> Iterator[Path]:
-    for path in paths:
-        if path != asked:
-            try:
-                check_checkpoint(path, module, resumes)
-            except (ValueError, OSError):
-                continue
-            yield path
 
 
 def _offer(paths: Iterable[Path], asked: Path) -> str:
