@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import torch
@@ -89,23 +89,23 @@ class Training:
 def save_once(training: Training, writer: TorchCheckpointIO, path: Path, idle: float) -> tuple[float, float, float]:
     """Stall, seconds until it is written, and seconds that steps took longer meanwhile."""
     training.synchronize()
-    started = perf_counter()
+    started, clock = perf_counter(), time()
     writer.save_checkpoint(training.checkpoint(), path)
     stall = perf_counter() - started
     steps = []
     while isinstance(writer, BackgroundCheckpointIO) and not path.exists():
         steps.append(training.step())
-    written = perf_counter() - started
     writer.teardown()
-    return stall, written, sum(step - idle for step in steps)
+    return stall, path.stat().st_ctime - clock, sum(step - idle for step in steps)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All ways, in turn."""
     training = Training(args)
-    idle = statistics.median(training.step() for _ in range(args.steps))
-    path, rows = folder / "last.ckpt", {way: [] for way in args.ways}
+    training.step()
+    path, rows, idle = folder / "last.ckpt", {way: [] for way in args.ways}, 0.0
     for _ in range(args.repetitions):
+        idle = statistics.median(training.step() for _ in range(args.steps))  # of now: machines are busy in turns
         for way in args.ways:
             path.unlink(missing_ok=True)
             rows[way].append(save_once(training, WAYS[way](), path, idle))
@@ -148,7 +148,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="to know how long one takes while nothing is written")
+    parser.add_argument("--steps", type=int, default=3, help="to know how long one takes while nothing is written")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--folder", type=Path, help="on the file system in question; default: the temporary one")

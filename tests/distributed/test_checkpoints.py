@@ -182,6 +182,28 @@ def killed(folder: Path) -> dict[str, Any]:
     return train(folder, sharded(), save_top_k=0, save_last=True)
 
 
+def killed_in_file(folder: Path) -> dict[str, Any]:
+    """When half of the second last.ckpt is written."""
+    original = checkpoint_io._save_to
+
+    def save(sink: Any, checkpoint: Any) -> None:
+        original(sink, checkpoint)
+        if checkpoint["global_step"] == 2:
+            sink.file.truncate(sink.file.tell() // 2)
+            os.killpg(0, signal.SIGKILL)
+
+    checkpoint_io._save_to = save
+    return train(folder, DDPStrategy(find_unused_parameters=True), save_top_k=0, save_last=True)
+
+
+def restarted(folder: Path) -> dict[str, Any]:
+    """As ``--ckpt_path last`` does it."""
+    last = folder / "last.ckpt"
+    safe = SafeCheckpoints(takes_newest=True, found=last)
+    ddp = DDPStrategy(find_unused_parameters=True)
+    return train(folder, ddp, safe=safe, ckpt_path=last, save_top_k=0, save_last=True)
+
+
 def resume(folder: Path) -> dict[str, Any]:
     own = folder.parent / f"resumed_{os.environ['WORLD_SIZE']}"
     shutil.copytree(folder / "step=2.ckpt", own / "step=2.ckpt", dirs_exist_ok=True)
@@ -197,6 +219,8 @@ RUNS: list[tuple[Callable[[Path], dict[str, Any]], str, int]] = [
     (shards, "shards", 2),
     (full_disk_of_one, "full_disk_of_one", 2),
     (killed, "killed", 2),
+    (killed_in_file, "killed_in_file", 2),
+    (restarted, "killed_in_file", 2),
     (resume, "shards", 1),
     (resume, "shards", 4),
 ]
@@ -388,6 +412,16 @@ def test_a_kill_in_a_sharded_save_leaves_the_one_before(folder: Path) -> None:
     assert load_pickle(killed / "last.ckpt" / "meta.pt")["global_step"] == 1
     assert recover(killed) == ["last.ckpt"]
     assert names(killed) == ["last.ckpt"]
+
+
+def test_after_a_kill_in_a_save_the_job_goes_on_and_nothing_of_it_is_left(folder: Path) -> None:
+    assert not (folder / "killed_in_file_0_of_2.pt").exists()
+    first, second = results_of(folder, "restarted")
+    whole = results_of(folder, "several")
+    assert first["step"] == second["step"] == STEPS
+    for rank, other in zip((first, second), whole, strict=True):
+        assert rank["losses"] == other["losses"][1:]  # the first step is in the checkpoint
+    assert names(folder / "killed_in_file") == ["last.ckpt"]
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
