@@ -24,7 +24,7 @@ from flexidit.weight_files import load_pickle, read_json, save_json
 from flexidit.zip_records import bytes_of, in_threads, problem_of
 
 METADATA, EXTRA, COMPLETE = ".metadata", "meta.pt", "complete.json"
-_WEIGHTS = "state_dict."
+_WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer_"
 
 _ALLOWED = {
     "torch": {"Size", "strided"},
@@ -77,14 +77,19 @@ def check_sharded(folder: Path) -> None:
     load_pickle(folder / EXTRA)
 
 
-def read_sharded(folder: Path) -> dict[str, Any]:
-    """What the checkpoint would hold as one file, without the optimizer's state.
+def read_sharded(folder: Path, with_optimizers: bool = False) -> dict[str, Any]:
+    """What the checkpoint would hold as one file; the state of optimizers, which is most of it, if that is asked for.
 
     Raises:
         ValueError: as :func:`check_sharded`, of the files that are read.
     """
     _check_listed(folder)
-    return {**load_pickle(folder / EXTRA), "state_dict": _read_weights(folder, _read_metadata(folder))}
+    metadata = _read_metadata(folder)
+    weights = _read(folder, metadata, _WEIGHTS)
+    whole = {**load_pickle(folder / EXTRA), "state_dict": {n.removeprefix(_WEIGHTS): v for n, v in weights.items()}}
+    if with_optimizers:
+        whole["optimizer_states"] = _optimizer_states(_read(folder, metadata, _OPTIMIZER), metadata)
+    return whole
 
 
 def describe_sharded(folder: Path) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def describe_sharded(folder: Path) -> dict[str, Any]:
     metadata = _read_metadata(folder)
     weights = {name: torch.empty(entry.size, device="meta") for name, entry in _weights(metadata)}
     described = {**load_pickle(folder / EXTRA), "state_dict": weights}
-    if any(name.startswith("optimizer_") for name in metadata.state_dict_metadata):
+    if any(name.startswith(_OPTIMIZER) for name in metadata.state_dict_metadata):
         described["optimizer_states"] = []
     return described
 
@@ -161,17 +166,47 @@ def _weights(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:
             yield name.removeprefix(_WEIGHTS), entry
 
 
-def _read_weights(folder: Path, metadata: Metadata) -> dict[str, Tensor]:
-    """All shards put together."""
-    whole = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in _weights(metadata)}
+def _read(folder: Path, metadata: Metadata, prefix: str) -> dict[str, Any]:
+    """Everything of which the name begins so: tensors put together, and plain values."""
+    entries = ((name, entry) for name, entry in metadata.state_dict_metadata.items() if name.startswith(prefix))
+    tensors = {
+        n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries if isinstance(e, TensorStorageMetadata)
+    }
+    values: dict[str, Any] = dict(tensors)
     for name, places in _by_file(metadata).items():
-        mine = [(index, info) for index, info in places if index.fqn.removeprefix(_WEIGHTS) in whole]
-        mine = [(index, info) for index, info in mine if index.fqn.startswith(_WEIGHTS)]
+        mine = [(index, info) for index, info in places if index.fqn.startswith(prefix)]
         if mine:
             _check_shards(folder / name, mine)
         for index, info in mine:
-            _put(whole[index.fqn.removeprefix(_WEIGHTS)], _load_part(folder / name, info, index.fqn), index)
-    return whole
+            part = _load_part(folder / name, info, index.fqn)
+            if index.fqn in tensors:
+                _put(tensors[index.fqn], part, index)
+            else:
+                values[index.fqn] = part
+    return values
+
+
+def _optimizer_states(values: dict[str, Any], metadata: Metadata) -> list[dict[str, Any]]:
+    """As optimizers have it: parameters by number, in the order of their groups."""
+    nested: dict[Any, Any] = {}
+    for name, path in metadata.planner_data.items():
+        if name in values:
+            *above, last = path
+            place = nested
+            for key in above:
+                place = place.setdefault(key, {})
+            place[last] = values[name]
+    return [_numbered(nested[name]) for name in sorted(nested, key=lambda name: int(name.rpartition("_")[2]))]
+
+
+def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
+    groups = [optimizer["param_groups"][number] for number in sorted(optimizer["param_groups"])]
+    names = [name for group in groups for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    return {
+        "state": {numbers[name]: state for name, state in optimizer.get("state", {}).items()},
+        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
+    }
 
 
 def _put(whole: Tensor, part: Any, index: Any) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from flexidit.sharded_files import is_sharded, read_sharded
 from lightning_modules.checkpoint_files import abandon, begin, delete, place
 
 
@@ -37,7 +38,9 @@ class StreamingCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read it; only what needs no code to be run, whatever Lightning asks for."""
+        """Read it; only what needs no code to be run, whatever Lightning asks for. Of shards each process reads all."""
+        if not _is_remote(path) and is_sharded(Path(path)):
+            return read_sharded(Path(path), with_optimizers=True)
         return super().load_checkpoint(path, map_location, weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -210,6 +210,12 @@ def resume(folder: Path) -> dict[str, Any]:
     return train(own, sharded(), ckpt_path=own / "step=2.ckpt", save_top_k=0, save_last=True)
 
 
+def resume_unsharded(folder: Path) -> dict[str, Any]:
+    own = folder.parent / "resumed_unsharded"
+    shutil.copytree(folder / "step=2.ckpt", own / "step=2.ckpt", dirs_exist_ok=True)
+    return train(own, "auto", ckpt_path=own / "step=2.ckpt", save_top_k=0, save_last=True)
+
+
 RUNS: list[tuple[Callable[[Path], dict[str, Any]], str, int]] = [
     (full_disk, "full_disk", 2),
     (never, "never", 2),
@@ -223,6 +229,7 @@ RUNS: list[tuple[Callable[[Path], dict[str, Any]], str, int]] = [
     (restarted, "killed_in_file", 2),
     (resume, "shards", 1),
     (resume, "shards", 4),
+    (resume_unsharded, "shards", 1),
 ]
 
 
@@ -424,13 +431,14 @@ def test_after_a_kill_in_a_save_the_job_goes_on_and_nothing_of_it_is_left(folder
     assert names(folder / "killed_in_file") == ["last.ckpt"]
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
-def test_any_number_of_ranks_goes_on_from_a_sharded_checkpoint(folder: Path, world_size: int) -> None:
-    resumed, whole = results_of(folder, "resume", world_size), results_of(folder, "shards")
+@pytest.mark.parametrize("name, world_size", [("resume", 1), ("resume", 4), ("resume_unsharded", 1)])
+def test_any_number_of_ranks_goes_on_from_a_sharded_checkpoint(folder: Path, name: str, world_size: int) -> None:
+    resumed, whole = results_of(folder, name, world_size), results_of(folder, "shards")
     assert all(rank["error"] == "" and rank["step"] == STEPS for rank in resumed)
     loss = sum(rank["losses"][-1] for rank in resumed) / world_size
     assert loss == pytest.approx(sum(rank["losses"][-1] for rank in whole) / 2, rel=1e-4)
-    paths = (folder / f"resumed_{world_size}" / "last.ckpt", folder / "shards" / "last.ckpt")
+    own = "resumed_unsharded" if name == "resume_unsharded" else f"resumed_{world_size}"
+    paths = (folder / own / "last.ckpt", folder / "shards" / "last.ckpt")
     ours, theirs = (load_checkpoint(path).state_dict() for path in paths)  # the average
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-3)
