@@ -103,12 +103,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All ways, in turn."""
     training = Training(args)
     training.step()
+    writers = {way: WAYS[way]() for way in args.ways}  # the same for all saves, as in a run
     path, rows, idle = folder / "last.ckpt", {way: [] for way in args.ways}, 0.0
     for _ in range(args.repetitions):
         idle = statistics.median(training.step() for _ in range(args.steps))  # of now: machines are busy in turns
         for way in args.ways:
             path.unlink(missing_ok=True)
-            rows[way].append(save_once(training, WAYS[way](), path, idle))
+            rows[way].append(save_once(training, writers[way], path, idle))
     checked = perf_counter()
     check_records(path)
     return {

@@ -14,7 +14,7 @@ import torch
 
 from flexidit.weight_files import load_pickle
 from lightning_modules import checkpoint_io
-from lightning_modules.checkpoint_io import BackgroundCheckpointIO, StreamingCheckpointIO, snapshot
+from lightning_modules.checkpoint_io import BackgroundCheckpointIO, Snapshots, StreamingCheckpointIO
 
 
 def state(value: float) -> dict[str, Any]:
@@ -59,11 +59,22 @@ def test_the_file_is_that_of_a_save_at_once_though_training_goes_on(
 
 def test_a_snapshot_shares_nothing_and_keeps_what_is_shared_inside() -> None:
     values = state(1.0)
-    copied = snapshot(values)
+    copied = Snapshots().take(values)
     assert copied["state_dict"]["weight"] is copied["state_dict"]["tied"]
     assert copied["state_dict"]["weight"].data_ptr() != values["state_dict"]["weight"].data_ptr()
     module = torch.nn.Linear(2, 2).state_dict()
-    assert snapshot(module)._metadata == module._metadata
+    assert Snapshots().take(module)._metadata == module._metadata
+
+
+def test_snapshots_use_memory_again_where_states_are_alike() -> None:
+    snapshots = Snapshots()
+    first = snapshots.take(state(1.0))["moments"][0]
+    second = snapshots.take(state(2.0))["moments"][0]
+    assert first.data_ptr() == second.data_ptr()
+    assert torch.equal(second, torch.full((50_000,), 3.0))
+    other = snapshots.take([torch.zeros(2), torch.ones(3, dtype=torch.bfloat16), torch.tensor(4)])
+    assert torch.equal(other[1], torch.ones(3, dtype=torch.bfloat16))
+    assert other[2] == 4
 
 
 def test_the_old_one_is_removed_after_the_new_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
