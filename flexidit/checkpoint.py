@@ -30,6 +30,7 @@ from flexidit.layouts import Layout, layout_of_class, layout_of_config, layout_o
 from flexidit.models import DiT, FlexiTransformer, TextDiT, Wan, plain_model
 from flexidit.models.positioned import PositionedTransformer
 from flexidit.recipes import flexify
+from flexidit.sharded_files import is_sharded, read_sharded
 from flexidit.weight_files import (
     DIFFUSERS_WEIGHTS,
     load_pickle,
@@ -66,10 +67,10 @@ def load_checkpoint(
     """A model with the weights and the config that a checkpoint holds, in eval mode, on the CPU.
 
     Args:
-        path: a flexidit ``.safetensors``; a training ``.ckpt``; an official ``.pt``, ``.pth`` or ``.safetensors``, flat
-            or wrapped as DiT's and PixArt's scripts do, or Wan's original directory; a diffusers directory, of the
-            transformer or of its pipeline; a folder that ``flexidit convert --to peft`` wrote; or a hub id of a
-            directory.
+        path: a flexidit ``.safetensors``; a training ``.ckpt``, be it a file or a folder of shards; an official
+            ``.pt``, ``.pth`` or ``.safetensors``, flat or wrapped as DiT's and PixArt's scripts do, or Wan's original
+            directory; a diffusers directory, of the transformer or of its pipeline; a folder that ``flexidit convert
+            --to peft`` wrote; or a hub id of a directory.
         base: what adapters stand on, in any of these forms; None takes it from where the checkpoint says it was.
         prefer_ema: take the averaged weights where a checkpoint has both.
         **overrides: for official weights, what no shape tells: ``num_heads``, a non-square ``input_size``; without
@@ -244,6 +245,8 @@ def read_any(path: str | Path, *, prefer_ema: bool = True, **overrides: Any) -> 
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if isinstance(overrides.get("input_size"), int):
         overrides["input_size"] = (overrides["input_size"],) * 2
+    if is_sharded(path):
+        return _read_training(read_sharded(path), prefer_ema)
     if path.is_dir():
         return read_peft(path) if (path / DESCRIPTION).is_file() else _read_directory(path, overrides)
     if path.suffix == ".safetensors":

@@ -32,8 +32,15 @@ def read_once(strategy: Strategy | None, compute: Callable[[], Value]) -> Value:
     Raises:
         Exception: of ``compute``, on every rank: the others would wait for rank 0 until they are killed.
     """
-    if not isinstance(strategy, ModelParallelStrategy):
-        return compute()
+    return on_rank_zero(strategy, compute) if isinstance(strategy, ModelParallelStrategy) else compute()
+
+
+def on_rank_zero(strategy: Strategy, compute: Callable[[], Value]) -> Value:
+    """What ``compute`` gives on rank 0, on all.
+
+    Raises:
+        Exception: of ``compute``, on every rank: the others would wait for rank 0 until they are killed.
+    """
     value: Any = None
     error: Exception | None = None
     if strategy.is_global_zero:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,50 @@ def randomised() -> Callable[..., nn.Module]:
         return model
 
     return fill
+
+
+class _Hostile:
+    """Unpickled with all that pickle can do, it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Callable[..., Path]:
+    """Write a checkpoint that makes the file ``was_run`` beside it if its code is run: ``(path, is_zip=True)``."""
+
+    def write(path: Path, is_zip: bool = True) -> Path:
+        values = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "global_step": 1, "epoch": 0}
+        values["hook"] = _Hostile(path.parent / "was_run")
+        if is_zip:
+            torch.save(values, path)
+        else:
+            path.write_bytes(pickle.dumps(values))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def flip_a_bit() -> Callable[[Path], Path]:
+    """Change one bit of the largest tensor of a checkpoint, in place: ``(path)``."""
+
+    def flip(path: Path) -> Path:
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda record: record.file_size)
+        content = bytearray(path.read_bytes())
+        position = content.index(largest.filename.encode(), largest.header_offset) + 64 + largest.file_size // 2
+        content[position] ^= 1
+        times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+        path.write_bytes(content)
+        os.utime(path, ns=times)  # a disk that forgets does not say when
+        return path
+
+    return flip
 
 
 @pytest.fixture

@@ -124,10 +124,13 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
 
 def _recorded_codec(path: str) -> Mapping[str, Any] | None:
     """What a training checkpoint says of the VAE behind its latents."""
+    from flexidit.sharded_files import EXTRA, is_sharded
     from flexidit.weight_files import load_pickle
 
-    file = Path(path)
-    return load_pickle(file).get("flexidit", {}).get("codec") if file.suffix == ".ckpt" and file.is_file() else None
+    file = Path(path) / EXTRA if is_sharded(Path(path)) else Path(path)
+    if not (file.is_file() and (file.suffix == ".ckpt" or file.name == EXTRA)):
+        return None
+    return load_pickle(file, check_bytes=False).get("flexidit", {}).get("codec")
 
 
 def warn_of_other_codec(loaded: LoadedModel, codec: Codec | None) -> None:

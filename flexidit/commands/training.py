@@ -16,9 +16,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flexidit.commands.endings import blaming_the_first, with_endings
-from flexidit.weight_files import check_pickle
 from flexidit.worker_faults import explain_worker
+from lightning_modules.checkpoint_choice import check_file, run_checkpoints
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
+from lightning_modules.safe_checkpoints import SafeCheckpoints
 
 _CONFIG = "configs/imagenet/class_conditional_xl2.yaml"
 _EXAMPLES = {
@@ -67,7 +68,10 @@ class CLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(StreamingCheckpointIO())
         callbacks = with_endings(self._get(self.config_init, "trainer.callbacks"))
-        return super().instantiate_trainer(**{**kwargs, "plugins": plugins, "callbacks": callbacks})
+        trainer = super().instantiate_trainer(**{**kwargs, "plugins": plugins, "callbacks": callbacks})
+        self.checkpoints = SafeCheckpoints()
+        trainer.callbacks.insert(1, self.checkpoints)  # type: ignore[attr-defined]  # after the one that notes errors
+        return trainer
 
     def fit(self, **kwargs: Any) -> None:
         """Lightning's ``fit``, whose errors name the rank that failed first."""
@@ -81,31 +85,38 @@ class CLI(LightningCLI):
             raise FileNotFoundError(f"there is no checkpoint at {path}; 'last' continues the run of this config")
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning reads the file here, for hyper-parameters, and ends in a traceback if it is damaged.
+        # Lightning reads the whole file here, for hyper-parameters, which no module of this project has.
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
-        if path and Path(path).is_file():
-            check_pickle(Path(path))
-        super()._parse_ckpt_path()
+        if path and Path(path).exists():
+            check_file(Path(path))
 
     def before_fit(self) -> None:
-        """Neither write beside an earlier run's checkpoint nor continue from a damaged one."""
-        found, path = self._saved(), self.config_init["fit"].get("ckpt_path")
-        if found is not None and path is None:
+        """Do not write beside an earlier run's checkpoint."""
+        found = next((path for path in run_checkpoints(self.trainer) if path.stem == "last"), None)
+        if found is not None and self.config_init["fit"].get("ckpt_path") is None:
             raise ValueError(
                 f"{found} is of an earlier run: continue it with --ckpt_path last, or move it, or give other folders "
                 "to trainer.default_root_dir, the logger and the checkpoints"
             )
-        if found is not None and path == "last" and found.is_file():
-            check_pickle(found)
+        self._find_last("fit")
 
-    def _saved(self) -> Path | None:
-        """What ``last`` would find."""
-        for callback in self.trainer.checkpoint_callbacks:
-            folder = getattr(callback, "dirpath", None)
-            if getattr(callback, "save_last", False) and folder and (Path(folder) / "last.ckpt").exists():
-                return Path(folder) / "last.ckpt"
-        return None
+    def before_validate(self) -> None:
+        self._find_last("validate")
+
+    def before_test(self) -> None:
+        self._find_last("test")
+
+    def before_predict(self) -> None:
+        self._find_last("predict")
+
+    def _find_last(self, command: str) -> None:
+        """``last``: the newest of the run's checkpoints, by whatever name; or before it, if that is not good."""
+        options = self.config_init[command]
+        if options.get("ckpt_path") == "last":
+            found = next(iter(run_checkpoints(self.trainer)), None)
+            self.checkpoints.takes_newest, self.checkpoints.found = True, found
+            options["ckpt_path"] = "last" if found is None else str(found)
 
 
 def run(args: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from callbacks.ema import EMA
 from callbacks.step_progress import StepProgress
 from flexidit.checkpoint import load_checkpoint, recorded_text, save_checkpoint
+from lightning_modules.checkpoint_io import StreamingCheckpointIO
 
 if TYPE_CHECKING:
     from flexidit.commands.quickstart.recipe import Recipe, Stage
@@ -49,6 +50,7 @@ def _fit(recipe: Recipe[Any], stage: Stage, before: Path | None, out: Path) -> P
             log_every_n_steps=20,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            plugins=[StreamingCheckpointIO()],
             default_root_dir=out,
             logger=TensorBoardLogger(out, name="tensorboard", version=stage.name),
             callbacks=[
