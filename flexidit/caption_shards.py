@@ -36,9 +36,8 @@ from flexidit.latent_encoding import (
     EncodeSettings,
     OnProgress,
     encode_with,
-    hash_lines,
 )
-from flexidit.latent_shards import OnError, StoredLatents, fingerprint_differences
+from flexidit.latent_shards import OnError, StoredLatents, fingerprint_differences, hash_lines
 from flexidit.skips import Skip
 from flexidit.text import CaptionEncoder
 

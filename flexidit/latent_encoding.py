@@ -10,7 +10,7 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from flexidit.latent_shards import (
     Metadata,
     ShardEntry,
     check_fingerprint,
+    hash_lines,
     make_fingerprint,
     sha256_of,
 )
@@ -154,14 +155,6 @@ class Labels:
         """``label`` (N,) int64."""
         labels = [self.images.labels[p] for p in positions]
         return CompanionRows({"label": torch.tensor(labels)}, [{"label": label} for label in labels])
-
-
-def hash_lines(lines: Iterable[str]) -> str:
-    """SHA-256 of lines of text."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()
 
 
 @dataclass

@@ -20,8 +20,9 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +133,14 @@ class Metadata:
         return {"mean": total_mean.tolist(), "std": (square - total_mean.square()).clamp(min=0).sqrt().tolist()}
 
 
+def hash_lines(lines: Iterable[str]) -> str:
+    """SHA-256 of lines of text."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
 def sha256_of(path: Path) -> str:
     """Hash of a file's content."""
     with path.open("rb") as handle:
@@ -234,6 +243,12 @@ class StoredLatents(Dataset[Any]):
     def fingerprint(self) -> dict[str, Any]:
         """How the latents were made."""
         return self.metadata.fingerprint
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the shards that are read."""
+        read = set(self._files)
+        return hash_lines(entry.sha256 for entry in self.metadata.entries() if entry.file in read)
 
     def __len__(self) -> int:
         return len(self.indices)

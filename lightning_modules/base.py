@@ -33,10 +33,12 @@ from lightning_modules.data_contract import (
     warn_of_other_codec,
 )
 from lightning_modules.draws import SampleDraws, draw_patch_size, places
+from lightning_modules.generators import gather_generators, read_generators, restore_generators, write_generators
 from lightning_modules.one_reader import device_of, read_once, read_target
+from lightning_modules.run_settings import adopt_optimizer, check_resume, describe_run
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
 from lightning_modules.sharding import GatherDtype, check_gathering, shard, start_moments
-from lightning_modules.trained_state import check_loadable, identify_base, keep_trained
+from lightning_modules.trained_state import identify_base, keep_trained
 
 GAP_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 """Step indices where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
@@ -109,11 +111,15 @@ class DiffusionModule(LightningModule, ABC):
         self.model: FlexiTransformer
         self.base_identity: BaseIdentity | None = None
         self.step_flops = 0
+        self.allows_changes = False
+        """Whether a resume may go on with other settings (``--resume.allow_changes``)."""
         self._null_captions: Captions | None = None
         self._codec: list[Any] = []  # in a list: never a submodule of what is trained
         self._since_logged: dict[str, list[Tensor]] = {}
         self._num_validated = 0
         self._gap: dict[PatchSize, Tensor] = {}
+        self._saved_generators: Sequence[Mapping[str, Any]] | None = None
+        self._generators_before: Mapping[str, Any] = {}
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
@@ -295,10 +301,34 @@ class DiffusionModule(LightningModule, ABC):
             "base": None if self.base_identity is None else asdict(self.base_identity),
             "text": text_fingerprint_of(self._datamodule, self.model.config),
             "codec": codec_fingerprint_of(self._datamodule),
+            "run": describe_run(self),
+            "generators": gather_generators(self.device),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_loadable(checkpoint, self, text_fingerprint_of(self._datamodule, self.model.config))
+        check_resume(checkpoint, self)
+        self._saved_generators = checkpoint.get("flexidit", {}).get("generators", [])
+
+    def on_train_start(self) -> None:
+        if self._saved_generators is not None:  # a resume; last, so that nothing of the start draws after it
+            ranks = (self.global_rank, self.trainer.world_size)
+            restore_generators(self._saved_generators, self.device, *ranks, key=(self.seed, self.global_step))
+            adopt_optimizer(self)
+        self._saved_generators = None
+
+    def on_validation_model_eval(self) -> None:
+        # Whatever draws in validation: a run that was resumed after it, and does not repeat it, goes on the same.
+        self._generators_before = read_generators(self.device)
+        super().on_validation_model_eval()
+
+    def on_validation_end(self) -> None:
+        write_generators(self._generators_before, self.device)
+
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What a resume compares; see :mod:`lightning_modules.run_settings`."""
+        names = ("seed", "patch_size_weights")
+        return {"optimizer": asdict(self.optimizer_settings), **{name: getattr(self, name) for name in names}}
 
     @property
     def _strategy(self) -> Strategy | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -75,6 +76,10 @@ class ClassConditional(DiffusionModule):
         if self.matching.weight > 0:
             self.chain_diffusion = self._chain_process()
             self.plan = self._checked_plan()
+
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        return {**super().resume_settings, "matching": asdict(self.matching) if self.matching.weight > 0 else None}
 
     def build_model(self, target: FlexiTransformer) -> FlexiTransformer:
         assert self.flex_settings is not None

@@ -92,6 +92,11 @@ class Distillation(DiffusionModule):
         self._ranges = parse_ranges(self.timestep_ranges, student.patch_sizes[1:], self.process.num_timesteps)
         return student
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        names = ("distill_variance", "timestep_ranges")
+        return {**super().resume_settings, **{name: getattr(self, name) for name in names}}
+
     def timesteps_of(self, patch_size: PatchSize) -> range:
         return self._ranges.get(patch_size, super().timesteps_of(patch_size))
 
