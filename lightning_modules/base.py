@@ -33,6 +33,7 @@ from lightning_modules.data_contract import (
     warn_of_other_codec,
 )
 from lightning_modules.draws import SampleDraws, draw_patch_size, places
+from lightning_modules.further import start_settings
 from lightning_modules.generators import gather_generators, read_generators, restore_generators, write_generators
 from lightning_modules.one_reader import device_of, read_once, read_target
 from lightning_modules.run_settings import adopt_optimizer, check_resume, describe_run
@@ -86,6 +87,8 @@ class DiffusionModule(LightningModule, ABC):
             "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
+        init_from: start a new run from the (averaged) weights of a flexible checkpoint instead of ``target``; ``flex``
+            may add weak patch sizes (:mod:`lightning_modules.further`). No resume: that is ``--ckpt_path``.
     """
 
     def __init__(
@@ -99,9 +102,10 @@ class DiffusionModule(LightningModule, ABC):
         gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.target_settings, self.flex_settings = target, flex
+        self._start, self.flex_settings = start_settings(init_from, target, flex), flex
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.patch_size_weights = patch_size_weights
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile
@@ -129,7 +133,7 @@ class DiffusionModule(LightningModule, ABC):
             check_gathering(self.gather_dtype, self.trainer.precision, is_sharded)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            target, source = read_target(self.target_settings, self._strategy)
+            target, source = read_target(self._start, self._strategy)
             self.process = process_of(target.config)
             with device_of(target):
                 self.model = self.build_model(target)

@@ -137,7 +137,9 @@ def _trainer_settings(module: DiffusionModule) -> dict[str, Any]:
     settings = {"precision": str(trainer.precision), "gradient_clip_val": trainer.gradient_clip_val or None}
     if trainer.gradient_clip_val:
         algorithm = trainer.gradient_clip_algorithm
-        settings["gradient_clip_algorithm"] = "norm" if algorithm is None else str(getattr(algorithm, "value", algorithm))
+        settings["gradient_clip_algorithm"] = (
+            "norm" if algorithm is None else str(getattr(algorithm, "value", algorithm))
+        )
     if module.optimizer_settings.decay == "cosine":  # the learning rate follows the length
         settings |= {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
     return settings

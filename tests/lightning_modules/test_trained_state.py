@@ -108,7 +108,11 @@ def test_what_does_not_belong_together_is_refused(
         "no base": (tiny_text, LORA, r"holds adapters of .*target.safetensors and not that base itself"),
         "unnamed base": (make_target(), LORA, "does not say which base its adapters belong to"),
         "rank": (make_target(), FlexSettings([4], recipe="lora", rank=8), r"flex.rank 4 -> 8, flex.alpha 4.0 -> 8.0"),
-        "sizes": (make_target(), FlexSettings([8], recipe="lora", rank=4), r"weak_patch_sizes \['1x4x4'\] -> \['1x8x8'\]"),
+        "sizes": (
+            make_target(),
+            FlexSettings([8], recipe="lora", rank=4),
+            r"weak_patch_sizes \['1x4x4'\] -> \['1x8x8'\]",
+        ),
         "lacks": (make_target(), LORA, rf"differ in 1 of the tensors that train, it lacks {lost}"),
         "unknown": (make_target(), LORA, "it has unknown model.more"),
     }[fault]
