@@ -32,7 +32,7 @@ from lightning_modules.data_contract import (
     text_fingerprint_of,
     warn_of_other_codec,
 )
-from lightning_modules.draws import SampleDraws, draw_patch_size, places
+from lightning_modules.draws import SampleDraws, check_weights, draw_patch_size, places
 from lightning_modules.further import start_settings
 from lightning_modules.generators import gather_generators, read_generators, restore_generators, write_generators
 from lightning_modules.one_reader import device_of, read_once, read_target
@@ -367,16 +367,7 @@ class DiffusionModule(LightningModule, ABC):
         """One weight per patch size of the model, base first."""
         sizes = self.model.patch_sizes
         trained = [size for size in sizes if not (self._is_frozen and size == self.model.base_patch_size)]
-        if self.patch_size_weights is None:
-            return [float(size in trained) for size in sizes]
-        given = {PatchSize.parse(size): weight for size, weight in self.patch_size_weights.items()}
-        used = {size for size, weight in given.items() if weight > 0}
-        if not used or used - set(trained) or set(given) - set(sizes) or min(given.values()) < 0:
-            raise ValueError(
-                f"patch_size_weights are {self.patch_size_weights}; give numbers that are 0 or more, and not all 0, to "
-                f"the patch sizes that train: {', '.join(size.name for size in trained)}"
-            )
-        return [given.get(size, 0.0) for size in sizes]
+        return check_weights(self.patch_size_weights, sizes, trained)
 
     def _draws(self, stream: str, step: int, first: int, count: int) -> SampleDraws:
         world_size = self.trainer.world_size

@@ -102,34 +102,37 @@ def _no_meaning(path: str, found: str, wanted: str) -> str:
             "flex.recipe to lora, or start from that base as target.checkpoint"
         )
     return (
-        f"model.init_from {path} holds weights that all its sizes share, and recipe {wanted!r} puts adapters on a frozen "
-        "plain model: set flex.recipe to shared, or take one patch size of it with `flexidit convert --patch-size` as "
-        "target.checkpoint"
+        f"model.init_from {path} holds weights that all its sizes share, and recipe {wanted!r} puts adapters on a "
+        "frozen plain model: set flex.recipe to shared, or take one patch size of it with `flexidit convert "
+        "--patch-size` as target.checkpoint"
     )
 
 
 def _check_kept(path: str, found: FlexConfig, wanted: FlexSettings) -> None:
     """Refuse settings that would change what the student's own sizes are."""
     sizes = {PatchSize.parse(size) for size in wanted.patch_sizes}
-    lost = [size.name for size in found.weak_patch_sizes if size not in sizes]
+    lost = ", ".join(size.name for size in found.weak_patch_sizes if size not in sizes)
     if lost:
         raise ValueError(
-            f"model.init_from {path} has the weak patch sizes {', '.join(s.name for s in found.weak_patch_sizes)}, and "
-            f"flex.patch_sizes lack {', '.join(lost)}: name them too (patch_size_weights 0 leaves one untrained), {_ANEW}"
+            f"model.init_from {path} has the weak patch sizes {lost} too, which flex.patch_sizes lack: name them "
+            f"(patch_size_weights 0 leaves one untrained), {_ANEW}"
         )
-    expected: dict[str, Any] = {"positions": wanted.positions}
-    if found.recipe == "lora":
-        expected |= {"rank": wanted.rank, "alpha": float(wanted.alpha or wanted.rank)}
-    elif wanted.underlying_patch_size is not None:
-        expected |= {"underlying_patch_size": PatchSize.parse(wanted.underlying_patch_size)}
-    if found.recipe == "shared":
-        expected |= {"size_norms": wanted.size_norms}
-    for name, value in expected.items():
+    for name, value in _kept(wanted).items():
         if getattr(found, name) != value:
             raise ValueError(
                 f"model.init_from {path} has {name} {_name(getattr(found, name))}, and flex asks for {_name(value)}, "
                 f"with which its weights would compute something else: make both agree, {_ANEW}"
             )
+
+
+def _kept(wanted: FlexSettings) -> dict[str, Any]:
+    if wanted.recipe == "lora":
+        alpha = float(wanted.alpha or wanted.rank)
+        return {"positions": wanted.positions, "rank": wanted.rank, "alpha": alpha}
+    kept: dict[str, Any] = {"positions": wanted.positions, "size_norms": wanted.size_norms}
+    if wanted.underlying_patch_size is not None:
+        kept["underlying_patch_size"] = PatchSize.parse(wanted.underlying_patch_size)
+    return kept
 
 
 def _name(value: Any) -> Any:

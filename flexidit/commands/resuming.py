@@ -1,4 +1,4 @@
-"""Options of ``flexidit fit`` about what a run starts from: a resume with other settings, a new run from old weights."""
+"""What a run of ``flexidit fit`` starts from: resumes with other settings, new runs from old weights."""
 
 from __future__ import annotations
 
