@@ -286,7 +286,12 @@ class TarSamples(IterableDataset[dict[str, Any]]):
         rng = random.Random(f"{self.seed}/{self.epoch}/{passes}")  # the same on all ranks: they share one order
         tars = rng.sample(self.tars, len(self.tars)) if self.training else self.tars
         stream = wds.WebDataset(
-            tars, nodesplitter=self._split_by_rank, shardshuffle=False, handler=self._handle, empty_check=False
+            tars,
+            nodesplitter=self._split_by_rank,
+            shardshuffle=False,
+            seed=0,  # of that; without one webdataset would draw it from the global generator
+            handler=self._handle,
+            empty_check=False,
         )
         if self.training and self.shuffle_buffer > 1:
             stream = stream.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)

@@ -34,7 +34,7 @@ from lightning_modules.data_contract import (
 )
 from lightning_modules.draws import SampleDraws, check_weights, draw_patch_size, places
 from lightning_modules.further import start_settings
-from lightning_modules.generators import gather_generators, read_generators, restore_generators, write_generators
+from lightning_modules.generators import RunGenerators
 from lightning_modules.one_reader import device_of, read_once, read_target
 from lightning_modules.run_settings import adopt_optimizer, check_resume, describe_run
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
@@ -122,8 +122,7 @@ class DiffusionModule(LightningModule, ABC):
         self._since_logged: dict[str, list[Tensor]] = {}
         self._num_validated = 0
         self._gap: dict[PatchSize, Tensor] = {}
-        self._saved_generators: Sequence[Mapping[str, Any]] | None = None
-        self._generators_before: Mapping[str, Any] = {}
+        self._generators = RunGenerators()
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
@@ -212,6 +211,8 @@ class DiffusionModule(LightningModule, ABC):
         # The step counter has moved on; what Lightning logs now it calls the step before.
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if is_last:
+            self._generators.end_step(self)
         if not (self._since_logged and is_last and self.global_step % interval == 0):
             return
         means = {name: torch.stack(values).mean().item() for name, values in self._since_logged.items()}
@@ -306,27 +307,23 @@ class DiffusionModule(LightningModule, ABC):
             "text": text_fingerprint_of(self._datamodule, self.model.config),
             "codec": codec_fingerprint_of(self._datamodule),
             "run": describe_run(self),
-            "generators": gather_generators(self.device),
+            "generators": self._generators.save(self),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_resume(checkpoint, self)
-        self._saved_generators = checkpoint.get("flexidit", {}).get("generators", [])
+        self._generators.load(checkpoint.get("flexidit", {}).get("generators", []))
 
     def on_train_start(self) -> None:
-        if self._saved_generators is not None:  # a resume; last, so that nothing of the start draws after it
-            ranks = (self.global_rank, self.trainer.world_size)
-            restore_generators(self._saved_generators, self.device, *ranks, key=(self.seed, self.global_step))
-            adopt_optimizer(self)
-        self._saved_generators = None
+        self._generators.start(self, key=(self.seed, self.global_step))
+        adopt_optimizer(self)
 
     def on_validation_model_eval(self) -> None:
-        # Whatever draws in validation: a run that was resumed after it, and does not repeat it, goes on the same.
-        self._generators_before = read_generators(self.device)
+        self._generators.enter_validation(self)
         super().on_validation_model_eval()
 
     def on_validation_end(self) -> None:
-        write_generators(self._generators_before, self.device)
+        self._generators.leave_validation(self)
 
     @property
     def resume_settings(self) -> dict[str, Any]:

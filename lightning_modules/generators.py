@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.draws import keyed
+from lightning_modules.progress import begun_batches
 
 _PYTHON_VERSION = 3  # of the state of Python's generator, since Python 3.2
 
@@ -48,9 +50,8 @@ def write_generators(states: Mapping[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
-def gather_generators(device: torch.device) -> list[dict[str, Any]]:
+def gather_generators(own: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of all processes, by rank. All of them must ask."""
-    own = read_generators(device)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [own]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -79,3 +80,46 @@ def restore_generators(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # CUDA's too
+
+
+class RunGenerators:
+    """What becomes of the global generators in a run: kept over its checkpoints, untouched by its validation."""
+
+    def __init__(self) -> None:
+        self._loaded: Sequence[Mapping[str, Any]] | None = None
+        self._of_step: dict[str, Any] = {}
+        self._before_validation: dict[str, Any] = {}
+
+    def load(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Remember the states of a checkpoint, for :meth:`start`."""
+        self._loaded = saved
+
+    def start(self, module: LightningModule, key: Sequence[int]) -> None:
+        """Go on with them, if training is a resume; the last thing before its first batch."""
+        if self._loaded is not None:
+            ranks = (module.global_rank, module.trainer.world_size)
+            restore_generators(self._loaded, module.device, *ranks, key=key)
+        self._loaded = None
+        self.end_step(module)
+
+    def end_step(self, module: LightningModule) -> None:
+        """Remember the states after a step of several micro-batches."""
+        if module.trainer.accumulate_grad_batches > 1:
+            self._of_step = read_generators(module.device)
+
+    def save(self, module: LightningModule) -> list[dict[str, Any]]:
+        """Those of all ranks for a checkpoint; of a step that is not complete those before it, since it is repeated."""
+        progress, accumulated = (
+            module.trainer.fit_loop.epoch_loop.batch_progress,
+            module.trainer.accumulate_grad_batches,
+        )
+        is_between = begun_batches(progress.state_dict(), accumulated) > 0
+        return gather_generators(self._of_step if is_between and self._of_step else read_generators(module.device))
+
+    def enter_validation(self, module: LightningModule) -> None:
+        """Whatever draws in it: a run that is resumed after it, and does not repeat it, goes on the same."""
+        self._before_validation = read_generators(module.device)
+
+    def leave_validation(self, module: LightningModule) -> None:
+        """Put back the states of :meth:`enter_validation`."""
+        write_generators(self._before_validation, module.device)

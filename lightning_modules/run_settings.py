@@ -22,9 +22,10 @@ from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from flexidit.config import config_to_dict
+from lightning_modules.progress import convert_progress
 from lightning_modules.trained_state import check_base, check_names, trained_names
 
 if TYPE_CHECKING:
@@ -60,17 +61,16 @@ def describe_run(module: DiffusionModule) -> dict[str, Any]:
 def check_resume(checkpoint: dict[str, Any], module: DiffusionModule) -> None:
     """Refuse a checkpoint of another model, and, to train on, one of another run; in one sentence.
 
-    Where a step's batch is put together in another way (of other numbers of processes and micro-batches), Lightning's
-    count of micro-batches is converted in place.
+    Also puts Lightning's count of micro-batches right, in place (:mod:`lightning_modules.progress`).
 
     Raises:
         ValueError: naming each difference as "old -> new".
     """
-    said = checkpoint.get("flexidit", {})
     _check_model(checkpoint, module)
-    if module.trainer.state.fn != TrainerFn.FITTING or "run" not in said:  # an older checkpoint does not say
+    if module.trainer.state.fn != TrainerFn.FITTING:
         return
-    saved, own = said["run"], describe_run(module)
+    own = describe_run(module)
+    saved = checkpoint.get("flexidit", {}).get("run", own)  # an older checkpoint does not say
     differing = [*differences(saved["settings"], own["settings"]), *_batch_differences(saved["batch"], own["batch"])]
     if differing and not module.allows_changes:
         raise ValueError(
@@ -79,7 +79,8 @@ def check_resume(checkpoint: dict[str, Any], module: DiffusionModule) -> None:
         )
     if differing:
         rank_zero_warn(f"the run goes on with changed settings, not as it would have: {', '.join(differing)}")
-    _convert_progress(checkpoint, saved["batch"]["accumulated"], own["batch"]["accumulated"])
+    accumulated = (each["batch"]["accumulated"] for each in (saved, own))
+    convert_progress(checkpoint, getattr(module.trainer, "datamodule", None), *accumulated)
 
 
 def adopt_optimizer(module: DiffusionModule) -> None:
@@ -161,16 +162,6 @@ def _spelt(split: Mapping[str, Any]) -> str:
         f"{_global_batch(split)} (data.batch_size {split['batch_size']} x {split['processes']} processes x "
         f"accumulate_grad_batches {split['accumulated']})"
     )
-
-
-def _convert_progress(checkpoint: dict[str, Any], old: int, new: int) -> None:
-    """Micro-batches of an epoch, as Lightning counts them, where a step now has another number of them."""
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-    if old == new or progress is None:
-        return
-    rank_zero_info(f"a step of {old} micro-batches goes on as one of {new}")
-    for counts in (progress["total"], progress["current"]):
-        counts.update({name: count // old * new for name, count in counts.items()})
 
 
 def _shown(value: Any) -> str:
