@@ -63,6 +63,8 @@ class Case:
     workers: int = 0
     draws: bool = False
     """Whether a callback draws from all global generators."""
+    steps: int = STEPS
+    """Length of the run."""
 
     @property
     def name(self) -> str:
@@ -78,15 +80,15 @@ class Case:
 
 CASES = [
     Case("class digits", draws=True),
-    Case("class latents", processes=2, workers=2),
     Case("class digits", processes=2, draws=True),
-    Case("class latents", accumulate=2),
+    Case("class latents", processes=2),
+    Case("class latents", accumulate=2, workers=2),
     Case("image tars", processes=2, workers=2),
     Case("image tars", accumulate=2),
     Case("image latents", processes=2, accumulate=2),
     Case("image digits", workers=2),
     Case("video digits", processes=2, accumulate=2),
-    Case("video latents", accumulate=2, workers=2),
+    Case("video latents", accumulate=2),
     Case("video latents", processes=2),
 ]
 """A covering set: each module with each of its kinds of data, with 1 and 2 processes, with and without accumulation;
@@ -133,10 +135,10 @@ DATA: dict[str, Callable[..., pl.LightningDataModule]] = {
     "image tars": _captioned,
     "image latents": _captioned,
     "image digits": lambda root, **options: CaptionedDigitsDataModule(val_fraction=0.97, **options),
-    "video digits": lambda root, **options: MovingDigitsDataModule(8, 4, 8, val_fraction=0.97, **options),
+    "video digits": lambda root, **options: MovingDigitsDataModule(12, 4, 8, val_fraction=0.97, **options),
     "video latents": _clips,
 }
-"""So few samples that an epoch has 4 to 8 steps: a run is of several, and stops in the middle of one."""
+"""So few samples that an epoch has 3 to 7 steps: a run is of several, and most checkpoints are in the middle of one."""
 
 TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "class digits": ("DiT-Tiny/2", {**SMALL, "input_size": 8, "in_channels": 1, "num_classes": 10}),
@@ -144,7 +146,7 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "image tars": ("TextDiT-Tiny/2", {**CAPTIONED, "input_size": 8, "in_channels": 3}),
     "image latents": ("TextDiT-Tiny/2", {**CAPTIONED, "input_size": 8, "in_channels": 3}),
     "image digits": ("TextDiT-Tiny/2", {**SMALL, "input_size": 8, "in_channels": 1}),
-    "video digits": ("VideoDiT-Tiny", {**SMALL, "input_size": (4, 8, 8), "in_channels": 1, "caption_channels": 64}),
+    "video digits": ("VideoDiT-Tiny", {**SMALL, "input_size": (4, 12, 12), "in_channels": 1}),
     "video latents": ("Wan-Tiny", {**CAPTIONED, "input_size": (4, 8, 8), "in_channels": 3}),
 }
 
@@ -167,27 +169,29 @@ class Ledger(Callback):
 
 
 class Draws(Callback):
-    """What a user's callback may do: disturbs the images by draws from all global generators, also in validation."""
+    """What a user's callback may do: disturbs images by draws from all global generators, also in validation.
+
+    More often on higher ranks, that their generators differ.
+    """
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *args: Any) -> None:
-        batch["x"] += 0.1 * (torch.randn(()) + np.random.randn() + random.gauss(0, 1))
+        for _ in range(1 + trainer.global_rank):
+            batch["x"] += 0.1 * (torch.randn(()) + np.random.randn() + random.gauss(0, 1))
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
         self.on_train_batch_start(trainer, pl_module, batch)
 
 
-def train(case: Case, inputs: Path, folder: Path, adjust: Callable[[Any], None] | None = None) -> None:
+def train(case: Case, inputs: Path, folder: Path) -> None:
     """What each process of a run does: train to the end, from ``last.ckpt`` on if it is there."""
-    # All processes of a run draw alike until they know their ranks, as --seed_everything has it; each in its own way
-    # after, since they see other data. A resume starts with other states, as any process does that imports anew.
     last = folder / "last.ckpt"
-    pl.seed_everything(11 if not last.exists() else 12, verbose=False)
+    pl.seed_everything(12 if last.exists() else 11, verbose=False)  # a resume has to find its states in the checkpoint
     module, data = module_of(case, inputs), data_of(case, inputs)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=case.processes,
         strategy="ddp" if case.processes > 1 else "auto",
-        max_steps=STEPS,
+        max_steps=case.steps,
         max_epochs=-1,
         accumulate_grad_batches=case.accumulate,
         gradient_clip_val=0.5,
@@ -204,8 +208,6 @@ def train(case: Case, inputs: Path, folder: Path, adjust: Callable[[Any], None] 
         default_root_dir=folder,
     )
     ledger.path = folder / f"ledger{trainer.global_rank}.jsonl"
-    if adjust is not None:
-        adjust(module)
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
 
@@ -334,7 +336,7 @@ class Runs:
         start, load, compute, validate or write.
         """
         before = len(entries(folder, 0))
-        batches = rng.randrange(0, max(1, STEPS * case.accumulate - before))
+        batches = rng.randrange(0, max(1, case.steps * case.accumulate - before))
         with self.start(case, folder) as ranks:
             while ranks.is_running and (not batches or len(entries(folder, 0)) < before + batches):
                 time.sleep(0.002)
