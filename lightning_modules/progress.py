@@ -1,8 +1,11 @@
-"""Lightning's count of micro-batches, put right where a checkpoint is resumed.
+"""Lightning's counts of micro-batches and epochs, put right where a checkpoint is resumed.
 
 A checkpoint may be of the middle of a step of several micro-batches: Lightning saves by time, on signals, and in the
 first step after a resume, of which it does not know that it has been saved. The gradients of the begun step are not in
 it. So a resume repeats that step from its first micro-batch.
+
+And Lightning (2.6) does not count the epoch as begun that follows a resume at an epoch's end. If such a run is resumed
+at an epoch's end again, the number of epochs is wrong by one, and with ``max_epochs`` the length of the run.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ def convert_progress(checkpoint: dict[str, Any], datamodule: Any, old: int, new:
         old: micro-batches of a step, where it was saved.
         new: micro-batches of a step now; the size of the global batch is the same.
     """
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = loops.get("epoch_loop.batch_progress")
     if progress is None:
         return
+    _count_begun_epoch(loops["epoch_progress"], progress)
     begun = begun_batches(progress, old)
     if begun:
         _go_back(progress, begun)
@@ -46,6 +51,14 @@ def convert_progress(checkpoint: dict[str, Any], datamodule: Any, old: int, new:
             lacking = counts["ready"] - counts["completed"]  # the last one is not completed while it is saved
             counts.update({name: count // old * new for name, count in counts.items()})
             counts["completed"] = counts["ready"] - lacking
+
+
+def _count_begun_epoch(epochs: dict[str, Any], progress: Mapping[str, Any]) -> None:
+    """As in a run that was not interrupted: of an epoch in which a micro-batch is under way, the beginning is counted."""
+    is_under_way = progress["current"]["completed"] == progress["current"]["ready"] - 1
+    if is_under_way and len(set(epochs["total"].values())) == 1:
+        for counts in (epochs["total"], epochs["current"]):
+            counts.update({name: counts[name] + 1 for name in ("ready", "started")})
 
 
 def _places(checkpoint: Mapping[str, Any], datamodule: Any) -> list[dict[str, Any]]:
