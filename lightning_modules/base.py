@@ -210,7 +210,7 @@ class DiffusionModule(LightningModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # The step counter has moved on; what Lightning logs now it calls the step before.
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if is_last:
             self._generators.end_step(self)
         if not (self._since_logged and is_last and self.global_step % interval == 0):

@@ -54,7 +54,7 @@ def convert_progress(checkpoint: dict[str, Any], datamodule: Any, old: int, new:
 
 
 def _count_begun_epoch(epochs: dict[str, Any], progress: Mapping[str, Any]) -> None:
-    """As in a run that was not interrupted: of an epoch in which a micro-batch is under way, the beginning is counted."""
+    """As in a run that was not interrupted: an epoch in which a micro-batch is under way has begun."""
     is_under_way = progress["current"]["completed"] == progress["current"]["ready"] - 1
     if is_under_way and len(set(epochs["total"].values())) == 1:
         for counts in (epochs["total"], epochs["current"]):

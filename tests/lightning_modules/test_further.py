@@ -1,4 +1,4 @@
-"""``init_from``: a new run from an earlier student's weights, of all kinds of files; more sizes; what has no meaning."""
+"""``init_from``: a new run from an earlier student's weights, of any file; more sizes; what has no meaning."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def test_all_kinds_of_files_start_the_same_run(
     if kind == "peft":
         path = save_peft(adapters_of(student.config, student.state_dict(), source), tmp_path / "peft")
     else:
-        save_checkpoint(student, path, adapters_only=kind == "adapters", base_source=source if kind != "whole" else None)
+        save_checkpoint(
+            student, path, adapters_only=kind == "adapters", base_source=source if kind != "whole" else None
+        )
     given = target if names_base and kind != "whole" else NO_TARGET
     module = TextToImage(given, lora(4, 8, positions="corners"), init_from=str(path))
     assert same(tensors(student), tensors(built(module)))
