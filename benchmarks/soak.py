@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=30, help="kills altogether")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; when a process is killed also depends on "
                         "how fast the machine is")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=100, help="of a run; it is saved at every second one")
+    parser.add_argument("--steps", type=int, default=60, help="of a run; it is saved at every second one")
     parser.add_argument("--folder", help="for the runs, which are kept; default: a temporary one")
     parser.add_argument("--json", help="file for the table")
     args = parser.parse_args(argv)

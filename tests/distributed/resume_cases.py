@@ -204,7 +204,7 @@ def train(case: Case, inputs: Path, folder: Path) -> None:
         num_sanity_val_steps=1,
         limit_val_batches=1,
         check_val_every_n_epoch=None,
-        val_check_interval=3,
+        val_check_interval=5,
         default_root_dir=folder,
     )
     ledger.path = folder / f"ledger{trainer.global_rank}.jsonl"
