@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from flexidit.commands.resuming import ALLOW_CHANGES, add_resume_options, allow_changes, check_start, spelt
 from flexidit.weight_files import check_pickle
 from flexidit.worker_faults import explain_worker
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
@@ -60,6 +61,9 @@ class _Parser(LightningArgumentParser):
 class CLI(LightningCLI):
     """Lightning's command line, which fails early and saves without a second copy in memory."""
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_resume_options(parser)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer.plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
@@ -72,6 +76,8 @@ class CLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path and path not in _KEYWORDS and not Path(path).exists() and "://" not in path:
             raise FileNotFoundError(f"there is no checkpoint at {path}; 'last' continues the run of this config")
+        if self.subcommand == "fit":
+            check_start(lambda name: self._get(self.config, name))
 
     def _parse_ckpt_path(self) -> None:
         # Lightning reads the file here, for hyper-parameters, and ends in a traceback if it is damaged.
@@ -84,6 +90,7 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         """Neither write beside an earlier run's checkpoint nor continue from a damaged one."""
         found, path = self._saved(), self.config_init["fit"].get("ckpt_path")
+        allow_changes(self.model, self.config_init["fit"].get(ALLOW_CHANGES))
         if found is not None and path is None:
             raise ValueError(
                 f"{found} is of an earlier run: continue it with --ckpt_path last, or move it, or give other folders "
@@ -119,7 +126,7 @@ def run(args: Sequence[str]) -> int:
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
             parser_kwargs={"prog": "flexidit", **{name: {"description": _describe(name)} for name in _EXAMPLES}},
-            args=list(args),
+            args=spelt(args),
         )
     except (_OptionError, MisconfigurationException) as error:
         raise ValueError(_sentence(str(error))) from error
