@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart lint types test clean
+.PHONY: help install install-dev quickstart lint types test soak clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ types: install-dev  ## types
 
 test: lint types  ## lint, types and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+soak: install-dev  ## kill training 30 times at random moments and resume it: a quarter of an hour, differences must be 0
+	$(BIN)/python benchmarks/soak.py --kills 30 --json soak.json
 
 clean:  ## remove what was built, not what was trained
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -64,6 +64,11 @@ class EMA(Callback):
         """Averaged value by parameter name; empty before training."""
         return self._average or {}
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What a resumed run must have as it was, to be the same."""
+        return {"decay": self.decay, "every_n_steps": self.every_n_steps, "warmup": self.warmup}
+
     def decay_at(self, num_updates: int) -> float:
         """Decay of the update that follows ``num_updates`` earlier ones."""
         step = num_updates * self.every_n_steps

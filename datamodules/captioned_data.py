@@ -108,6 +108,10 @@ class CaptionedDataModule(FileDataModule):
             return fingerprint
         return fingerprint | {"text_encoder": self._encoder().fingerprint}
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        return {**super().resume_settings, "caption_length": self.caption_shape[0]}
+
     def expected(self) -> dict[str, Any]:
         """Fields of the fingerprint that stored latents must agree with."""
         if self.text_encoder is None:

@@ -94,6 +94,10 @@ class CaptionedDigitsDataModule(DigitsDataModule):
         """The empty caption, N = 1."""
         return in_float32(self.text_encoder.encode([""]))
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        return {**super().resume_settings, "text_encoder": self.text_encoder.fingerprint}
+
     def make_dataset(self) -> Dataset[Any]:
         """All digits with their captions, each distinct one embedded once.
 

@@ -96,6 +96,11 @@ class DigitsDataModule(ResumableDataModule):
         """(C, S, S) of ``x``."""
         return 1, self.size, self.size
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        names = ("size", "val_fraction", "seed", "batch_size")
+        return {**super().resume_settings, **{name: getattr(self, name) for name in names}}
+
     def setup(self, stage: str | None = None) -> None:
         """Load and split; the same on every rank."""
         if self.dataset is None:

@@ -148,6 +148,12 @@ class FileDataModule(ResumableDataModule, ABC):
         codec = self.codec or PixelCodec()
         return make_fingerprint(codec.fingerprint, self.reader.fingerprint, has_flip=self.flip)
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        split, names = self.split("train"), ("flip", "val_fraction", "seed", "batch_size")
+        common = {"fingerprint": self.fingerprint, **{name: getattr(self, name) for name in names}}
+        return {**super().resume_settings, **common, "content": split.dataset.content, **self._order_of(split)}
+
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, whole batches only."""
         return self.resumable(self._loader("train"))
@@ -219,6 +225,13 @@ class FileDataModule(ResumableDataModule, ABC):
             on_error=self.on_error,
             num_classes=self.num_classes,
         )
+
+    def _order_of(self, split: Split) -> dict[str, Any]:
+        """What the order depends on beside the seed: of a stream on who reads it, too."""
+        if split.kind != "tars":
+            return {"samples": len(split.indices)}
+        readers = {"processes": split.dataset.num_replicas, "num_workers": self.num_workers}
+        return {"samples": split.dataset.size, "shuffle_buffer": self.shuffle_buffer, **readers}
 
     def _loader(self, name: str) -> ResumableLoader:
         split = self.split(name)

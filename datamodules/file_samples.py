@@ -6,6 +6,7 @@ Shape legend: N batch, F frames of clips, H W height and width.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flexidit.draws import Draw, draw_flip
-from flexidit.latent_shards import OnError
+from flexidit.latent_shards import OnError, hash_lines
 from flexidit.sample_readers import SampleReader
 from flexidit.skips import BrokenFileError, SkipReport
 
@@ -74,6 +75,11 @@ class FileSamples(Dataset[dict[str, Any]], ABC):
         index, epoch = (torch.tensor(values) for values in zip(*draws, strict=True))
         names = [self.files[draw.sample] for draw in draws]
         return {"x": torch.stack(pixels), **self.targets(draws), "index": index, "epoch": epoch, "names": names}
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the names of the files."""
+        return hash_lines(self.files)
 
     def report(self) -> SkipReport:
         """The files that were found broken so far, by all workers of this process, and those left out before."""

@@ -107,6 +107,10 @@ class ResumableLoader(StatefulDataLoader[Any]):
     resume jumps in the sampler's order instead of reading again; tars have no such order, so there the consumed
     batches of the epoch are read again and dropped. Work starts at the first ``next``.
 
+    The global random generators are neither read nor moved by a pass. Those of workers start anew with every pass, in a
+    way that depends on (seed, epoch, worker) only: data that draw from them in a worker see other numbers after a
+    resume in mid-epoch, data that are keyed by their :class:`~flexidit.draws.Draw` do not.
+
     An evaluation loader has no tape: every pass is the whole.
     """
 
@@ -136,6 +140,7 @@ class ResumableLoader(StatefulDataLoader[Any]):
         if self.num_workers:
             gc.collect()  # left to a forked worker, a video encoder in a cycle waits for ever for threads it lost
         if not self.cursor.shuffle:
+            self._seed_workers(0)
             yield from self._whole()
             return
         epoch, start = self._at if self._at[1] < len(self) else (self._at[0] + 1, 0)
@@ -165,28 +170,35 @@ class ResumableLoader(StatefulDataLoader[Any]):
 
     def _read(self, epoch: int, start: int) -> Iterator[Any]:
         """The batches of an epoch from ``start`` on."""
+        self._seed_workers(epoch)
         if self._streams:
             self.cursor.seek(epoch)
             return islice(super().__iter__(), start, len(self))
         self.cursor.seek(epoch, start * (self.batch_size or 1))
         return super().__iter__()
 
+    def _seed_workers(self, epoch: int) -> None:
+        # Without a generator of its own torch's loader draws a seed from the global one at each start, a resume too.
+        self.generator = torch.Generator().manual_seed(_mix(self.cursor.seed, epoch))
+
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is."""
         epoch, consumed = self._at
-        return {"epoch": epoch, "batch": consumed, **self._identity()}
+        return {"epoch": epoch, "batch": consumed, "global_batch_size": self._global_batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue there. A state of another seed, data set or batch size is accepted with a warning."""
-        for name, ours in self._identity().items():
-            if state_dict[name] != ours:
-                logger.warning("%s was %s and is %s: the resume is not exact", name, state_dict[name], ours)
-        self._at = (state_dict["epoch"], state_dict["batch"])
+        """Continue there, also with batches of another size; what else changed is not known here."""
+        samples = state_dict["batch"] * state_dict["global_batch_size"]
+        self._at = (state_dict["epoch"], samples // self._global_batch_size)
 
-    def _identity(self) -> dict[str, int]:
-        """What an exact resume needs to be as it was."""
-        global_batch_size = (self.batch_size or 1) * self.cursor.num_replicas
-        return {"seed": self.cursor.seed, "size": self.cursor.size, "global_batch_size": global_batch_size}
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no batch was taken of it."""
+        return self._at == (0, 0)
+
+    @property
+    def _global_batch_size(self) -> int:
+        return (self.batch_size or 1) * self.cursor.num_replicas
 
 
 def _watched(batches: Iterator[Batch], check_files: Callable[[], None] | None) -> Iterator[Batch]:
@@ -227,6 +239,14 @@ class ResumableDataModule(L.LightningDataModule):
     _train_loader: ResumableLoader | None = None
     _train_state: dict[str, Any] | None = None
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What decides which batches come in which order, in plain values, for a resume to be compared with.
+
+        ``batch_size``, of one process, may change as long as that of a whole step stays.
+        """
+        return {"class": type(self).__name__}
+
     def resumable(self, loader: ResumableLoader) -> ResumableLoader:
         """The training loader, moved to the place of the checkpoint that is being resumed."""
         if self._train_state is not None:
@@ -239,8 +259,13 @@ class ResumableDataModule(L.LightningDataModule):
         return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the place for the loader that is made next."""
+        """Remember the place for the loader that is made next.
+
+        A sharded run whose learning rate follows the length of the epochs has made its loader already.
+        """
         self._train_state = state_dict.get("train_loader")
+        if self._train_state is not None and self._train_loader is not None and self._train_loader.is_fresh:
+            self.resumable(self._train_loader)
 
 
 def equal_batches(indices: Sequence[int], batch_size: int, world_size: int) -> Sequence[int]:

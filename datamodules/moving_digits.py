@@ -107,6 +107,11 @@ class MovingDigitsDataModule(CaptionedDigitsDataModule):
         """(1, F, S, S) of ``x``."""
         return (1, *self.clip.shape[2:]) if self.single_frames else self.clip.shape
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        clip = {"clip": list(self.clip.shape), "single_frames": self.single_frames}
+        return {**super().resume_settings, **clip}
+
     def make_dataset(self) -> MovingDigitSamples:
         """All digits in motion, with the captions that they can have, each distinct one embedded once.
 

@@ -4,6 +4,7 @@ Shape legend: N batch, C channels, F frames and H W size of what the model sees 
 """
 
 from dataclasses import replace
+from typing import Any
 
 from datamodules.captioned_data import CaptionedDataModule
 from flexidit.captioned_images import CaptionedIndex, find_captioned_clips
@@ -112,6 +113,10 @@ class TextVideoDataModule(CaptionedDataModule):
             seed=seed,
         )
         self._readers = {True: replace(reader, draws_window=draw_windows), False: reader}
+
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        return {**super().resume_settings, "draw_windows": self._readers[True].draws_window}
 
     def find(self, root: str, captions: str | None) -> CaptionedIndex:
         """The captioned clips of a folder."""

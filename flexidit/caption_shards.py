@@ -37,9 +37,8 @@ from flexidit.latent_encoding import (
     EncodeSettings,
     OnProgress,
     encode_with,
-    hash_lines,
 )
-from flexidit.latent_shards import OnError, StoredLatents
+from flexidit.latent_shards import OnError, StoredLatents, hash_lines
 from flexidit.skips import Skip
 from flexidit.text import CaptionEncoder
 

@@ -10,7 +10,7 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from flexidit.files import write_atomically
 from flexidit.fingerprints import check_fingerprint, make_fingerprint
 from flexidit.images import ImageIndex
 from flexidit.latent_metadata import METADATA_FILE, Metadata, ShardEntry
-from flexidit.latent_shards import sha256_of
+from flexidit.latent_shards import hash_lines, sha256_of
 from flexidit.latents import Codec, CodecDtype
 from flexidit.sample_readers import ImageReader, SampleReader
 from flexidit.skips import BrokenFileError, Skip, SkipReport
@@ -149,14 +149,6 @@ class Labels:
         """``label`` (N,) int64."""
         labels = [self.images.labels[p] for p in positions]
         return CompanionRows({"label": torch.tensor(labels)}, [{"label": label} for label in labels])
-
-
-def hash_lines(lines: Iterable[str]) -> str:
-    """SHA-256 of lines of text."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()
 
 
 @dataclass

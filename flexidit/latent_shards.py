@@ -19,7 +19,7 @@ draws new latents and flips as training from pixels would. Files appear under th
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -39,6 +39,14 @@ from flexidit.skips import SkipReport
 OnError = Literal["skip", "raise"]
 _HINT = "run `flexidit encode` again to complete it, or set on_error to skip"
 logger = logging.getLogger(__name__)
+
+
+def hash_lines(lines: Iterable[str]) -> str:
+    """SHA-256 of lines of text."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -111,6 +111,18 @@ def trainable_parameters(student: nn.Module) -> Iterator[tuple[str, nn.Parameter
 def _check_sizes(target: FlexiTransformer, patch_sizes: Sequence[PatchSizeLike]) -> tuple[PatchSize, ...]:
     if target.config.flex is not None:
         raise ValueError("this model is flexible already; flexify its target with all the weak sizes at once")
+    weak = check_weaker(target, patch_sizes)
+    if not weak:
+        raise ValueError("no weak patch size was given; give at least one, such as patch_sizes=[4]")
+    return weak
+
+
+def check_weaker(target: FlexiTransformer, patch_sizes: Sequence[PatchSizeLike]) -> tuple[PatchSize, ...]:
+    """The sizes, most powerful first.
+
+    Raises:
+        ValueError: one that is not larger than the base size, or spans frames that the model does not have.
+    """
     weak = tuple(sorted({PatchSize.parse(size) for size in patch_sizes}))
     base = target.base_patch_size
     for size in weak:
@@ -119,8 +131,6 @@ def _check_sizes(target: FlexiTransformer, patch_sizes: Sequence[PatchSizeLike])
             raise ValueError(f"patch size {size.name} is not larger than the pre-trained {base.name}; give larger ones")
         if size.t > 1 and not target.config.is_video:
             raise ValueError(f"patch size {size.name} spans {size.t} frames, but this model takes images; use 1x..x..")
-    if not weak:
-        raise ValueError("no weak patch size was given; give at least one, such as patch_sizes=[4]")
     return weak
 
 
@@ -140,22 +150,33 @@ def _share_weights(student: FlexiTransformer, flex: FlexConfig) -> None:
     assert flex.underlying_patch_size is not None
     student.embedding.share(flex.underlying_patch_size, sizes)
     student.unembedding.share(flex.underlying_patch_size, sizes)
-    for size in sizes:  # zero at first, so that every size starts from the target's own activations
+    _add_size_vector(student, student.base_patch_size)
+    add_shared_sizes(student, flex.weak_patch_sizes, flex.size_norms)
+
+
+def add_shared_sizes(student: FlexiTransformer, patch_sizes: Sequence[PatchSize], size_norms: bool) -> None:
+    """What a weak size has of its own in recipe "shared"."""
+    for size in patch_sizes:  # zero at first, so that every size starts from the target's own activations
         _add_size_vector(student, size)
-    if flex.size_norms:
+    if size_norms:
         norms = [module for module in student.modules() if isinstance(module, SizeNorm)]
         for norm in norms:
-            for size in flex.weak_patch_sizes:
+            for size in patch_sizes:
                 norm.add_size(size, like=next(student.parameters()))
 
 
 def _attach_adapters(student: FlexiTransformer, flex: FlexConfig) -> None:
+    student.requires_grad_(False)
+    add_adapted_sizes(student, flex.weak_patch_sizes, flex)
+
+
+def add_adapted_sizes(student: FlexiTransformer, patch_sizes: Sequence[PatchSize], flex: FlexConfig) -> None:
+    """What a weak size has of its own in recipe "lora"."""
     from flexidit.lora import add_adapters
 
-    student.requires_grad_(False)
     assert flex.rank is not None and flex.alpha is not None
-    add_adapters(student, flex.weak_patch_sizes, rank=flex.rank, alpha=flex.alpha)
-    for size in flex.weak_patch_sizes:
+    add_adapters(student, patch_sizes, rank=flex.rank, alpha=flex.alpha)
+    for size in patch_sizes:
         student.embedding.add_size(size)
         student.unembedding.add_size(size)
         _add_size_vector(student, size)

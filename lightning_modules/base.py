@@ -31,13 +31,16 @@ from lightning_modules.data_contract import (
     text_fingerprint_of,
     warn_of_other_codec,
 )
-from lightning_modules.draws import SampleDraws, draw_patch_size, places
+from lightning_modules.draws import SampleDraws, check_weights, draw_patch_size, places
+from lightning_modules.further import start_settings
+from lightning_modules.generators import RunGenerators
 from lightning_modules.gradients import clip_gradients
 from lightning_modules.guards import StepGuard
 from lightning_modules.one_reader import device_of, read_once, read_target
+from lightning_modules.run_settings import adopt_optimizer, check_resume, describe_run
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
 from lightning_modules.sharding import GatherDtype, check_gathering, shard, start_moments
-from lightning_modules.trained_state import check_loadable, identify_base, keep_trained
+from lightning_modules.trained_state import identify_base, keep_trained
 
 GAP_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 """Step indices where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
@@ -86,6 +89,8 @@ class DiffusionModule(LightningModule, ABC):
             "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
+        init_from: start a new run from the (averaged) weights of a flexible checkpoint instead of ``target``; ``flex``
+            may add weak patch sizes (:mod:`lightning_modules.further`). No resume: that is ``--ckpt_path``.
     """
 
     def __init__(
@@ -99,9 +104,10 @@ class DiffusionModule(LightningModule, ABC):
         gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.target_settings, self.flex_settings = target, flex
+        self._start, self.flex_settings = start_settings(init_from, target, flex), flex
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.patch_size_weights = patch_size_weights
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile
@@ -113,11 +119,14 @@ class DiffusionModule(LightningModule, ABC):
         self.step_flops = 0
         self.step_skipped: Tensor | None = None
         """() float32, 1 if the last optimizer step was left out and else 0, on the device; see :class:`StepGuard`."""
+        self.allows_changes = False
+        """Whether a resume may go on with other settings (``--resume.allow_changes``)."""
         self._null_captions: Captions | None = None
         self._codec: list[Any] = []  # in a list: never a submodule of what is trained
         self._since_logged: dict[str, list[Tensor]] = {}
         self._num_validated = 0
         self._gap: dict[PatchSize, Tensor] = {}
+        self._generators = RunGenerators()
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
@@ -127,7 +136,7 @@ class DiffusionModule(LightningModule, ABC):
             check_gathering(self.gather_dtype, self.trainer.precision, is_sharded)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            target, source = read_target(self.target_settings, self._strategy)
+            target, source = read_target(self._start, self._strategy)
             self.process = process_of(target.config)
             with device_of(target):
                 self.model = self.build_model(target)
@@ -205,7 +214,9 @@ class DiffusionModule(LightningModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # The step counter has moved on; what Lightning logs now it calls the step before.
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if is_last:
+            self._generators.end_step(self)
         if not (self._since_logged and is_last and self.global_step % interval == 0):
             return
         means = {name: torch.stack(values).mean().item() for name, values in self._since_logged.items()}
@@ -300,10 +311,30 @@ class DiffusionModule(LightningModule, ABC):
             "base": None if self.base_identity is None else asdict(self.base_identity),
             "text": text_fingerprint_of(self._datamodule, self.model.config),
             "codec": codec_fingerprint_of(self._datamodule),
+            "run": describe_run(self),
+            "generators": self._generators.save(self),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_loadable(checkpoint, self, text_fingerprint_of(self._datamodule, self.model.config))
+        check_resume(checkpoint, self)
+        self._generators.load(checkpoint.get("flexidit", {}).get("generators", []))
+
+    def on_train_start(self) -> None:
+        self._generators.start(self, key=(self.seed, self.global_step))
+        adopt_optimizer(self)
+
+    def on_validation_model_eval(self) -> None:
+        self._generators.enter_validation(self)
+        super().on_validation_model_eval()
+
+    def on_validation_end(self) -> None:
+        self._generators.leave_validation(self)
+
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What a resume compares; see :mod:`lightning_modules.run_settings`."""
+        names = ("seed", "patch_size_weights")
+        return {"optimizer": asdict(self.optimizer_settings), **{name: getattr(self, name) for name in names}}
 
     @property
     def _strategy(self) -> Strategy | None:
@@ -338,16 +369,7 @@ class DiffusionModule(LightningModule, ABC):
         """One weight per patch size of the model, base first."""
         sizes = self.model.patch_sizes
         trained = [size for size in sizes if not (self._is_frozen and size == self.model.base_patch_size)]
-        if self.patch_size_weights is None:
-            return [float(size in trained) for size in sizes]
-        given = {PatchSize.parse(size): weight for size, weight in self.patch_size_weights.items()}
-        used = {size for size, weight in given.items() if weight > 0}
-        if not used or used - set(trained) or set(given) - set(sizes) or min(given.values()) < 0:
-            raise ValueError(
-                f"patch_size_weights are {self.patch_size_weights}; give numbers that are 0 or more, and not all 0, to "
-                f"the patch sizes that train: {', '.join(size.name for size in trained)}"
-            )
-        return [given.get(size, 0.0) for size in sizes]
+        return check_weights(self.patch_size_weights, sizes, trained)
 
     def _draws(self, stream: str, step: int, first: int, count: int) -> SampleDraws:
         world_size = self.trainer.world_size

@@ -16,6 +16,7 @@ from flexidit.sharded_files import check_sharded, describe_sharded, is_sharded
 from flexidit.weight_files import load_pickle
 from lightning_modules.base import DiffusionModule
 from lightning_modules.checkpoint_files import SUFFIX, candidates
+from lightning_modules.run_settings import ANOTHER_MODEL, model_differences
 
 _BY_SIGNAL = "hpc_ckpt_*" + SUFFIX
 
@@ -66,7 +67,8 @@ def check_checkpoint(path: Path, module: LightningModule, resumes: bool) -> None
     if isinstance(module, DiffusionModule) and "flexidit" in saved:
         is_adapters = saved["flexidit"].get("base") is not None
         if is_adapters == (module.base_identity is not None):  # if not, the module has its own words for it
-            _check_same_model(path, saved["state_dict"], module)
+            _check_same_config(path, saved["flexidit"], module)
+            _check_same_tensors(path, saved["state_dict"], module)
 
 
 def choose(path: Path, trainer: Trainer, takes_newest: bool) -> Path:
@@ -109,7 +111,13 @@ def _described(path: Path, check_bytes: bool = True) -> Mapping[str, Any]:
     return saved
 
 
-def _check_same_model(path: Path, saved: Mapping[str, Tensor], module: LightningModule) -> None:
+def _check_same_config(path: Path, said: Mapping[str, Any], module: DiffusionModule) -> None:
+    differing = model_differences(said, module)
+    if differing:
+        raise ValueError(f"{path} is of another model than the config's ({', '.join(differing)}): {ANOTHER_MODEL}")
+
+
+def _check_same_tensors(path: Path, saved: Mapping[str, Tensor], module: LightningModule) -> None:
     theirs = {unwrapped(name): tuple(tensor.shape) for name, tensor in saved.items()}
     ours = {unwrapped(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class ClassConditional(DiffusionModule):
             "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
+        init_from: start a new run from the (averaged) weights of a flexible checkpoint instead of ``target``; ``flex``
+            may add weak patch sizes (:mod:`lightning_modules.further`). No resume: that is ``--ckpt_path``.
 
     Example:
         flexidit fit -c configs/imagenet/class_conditional_xl2.yaml
@@ -54,6 +57,7 @@ class ClassConditional(DiffusionModule):
         gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
+        init_from: str | None = None,
     ) -> None:
         super().__init__(
             target=target,
@@ -65,6 +69,7 @@ class ClassConditional(DiffusionModule):
             gather_dtype=gather_dtype,
             vae=vae,
             seed=seed,
+            init_from=init_from,
         )
         self.matching = matching or MatchingSettings()
         self.chain_diffusion: GaussianDiffusion
@@ -75,6 +80,10 @@ class ClassConditional(DiffusionModule):
         if self.matching.weight > 0:
             self.chain_diffusion = self._chain_process()
             self.plan = self._checked_plan()
+
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        return {**super().resume_settings, "matching": asdict(self.matching) if self.matching.weight > 0 else None}
 
     def build_model(self, target: FlexiTransformer) -> FlexiTransformer:
         assert self.flex_settings is not None

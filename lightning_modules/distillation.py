@@ -50,6 +50,8 @@ class Distillation(DiffusionModule):
             "bfloat16" for half the traffic and memory, with ``precision: bf16-mixed``; shards stay float32.
         vae: local path or hub id of the VAE that decodes samples for pictures and metrics; null: pixels are modelled.
         seed: of fresh weights, patch sizes, timesteps, noise and dropped conditions.
+        init_from: start a new run from the (averaged) weights of a flexible checkpoint instead of ``target``; ``flex``
+            may add weak patch sizes (:mod:`lightning_modules.further`). No resume: that is ``--ckpt_path``.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Distillation(DiffusionModule):
         gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
+        init_from: str | None = None,
     ) -> None:
         super().__init__(
             target=target,
@@ -76,6 +79,7 @@ class Distillation(DiffusionModule):
             gather_dtype=gather_dtype,
             vae=vae,
             seed=seed,
+            init_from=init_from,
         )
         self.distill_variance = distill_variance
         self.timestep_ranges = timestep_ranges
@@ -91,6 +95,11 @@ class Distillation(DiffusionModule):
         student = make_student(target, self.flex_settings)
         self._ranges = parse_ranges(self.timestep_ranges, student.patch_sizes[1:], self.process.num_timesteps)
         return student
+
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        names = ("distill_variance", "timestep_ranges")
+        return {**super().resume_settings, **{name: getattr(self, name) for name in names}}
 
     def timesteps_of(self, patch_size: PatchSize) -> range:
         return self._ranges.get(patch_size, super().timesteps_of(patch_size))

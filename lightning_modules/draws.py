@@ -9,7 +9,7 @@ Shape legend: N samples of one process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,31 @@ def draw_patch_size(sizes: Sequence[PatchSize], weights: Sequence[float], seed: 
         if point < 0:
             return size
     return [size for size, weight in zip(sizes, weights, strict=True) if weight > 0][-1]  # the sum was rounded
+
+
+def check_weights(
+    given: Mapping[str, float] | None, sizes: Sequence[PatchSize], trained: Sequence[PatchSize]
+) -> list[float]:
+    """One weight per patch size, for :func:`draw_patch_size`.
+
+    Args:
+        given: weights by name, 0 for sizes without; None draws all that train equally often.
+        sizes: all sizes of the model.
+        trained: those that train.
+
+    Raises:
+        ValueError: weights of sizes that the model lacks or does not train, negative ones, or none above 0.
+    """
+    if given is None:
+        return [float(size in trained) for size in sizes]
+    weights = {PatchSize.parse(size): weight for size, weight in given.items()}
+    used = {size for size, weight in weights.items() if weight > 0}
+    if not used or used - set(trained) or set(weights) - set(sizes) or min(weights.values()) < 0:
+        raise ValueError(
+            f"patch_size_weights are {given}; give numbers that are 0 or more, and not all 0, to the patch sizes that "
+            f"train: {', '.join(size.name for size in trained)}"
+        )
+    return [weights.get(size, 0.0) for size in sizes]
 
 
 @dataclass(frozen=True)

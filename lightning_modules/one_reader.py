@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from flexidit.checkpoint import build
-from lightning_modules.trained_state import base_source
 
 if TYPE_CHECKING:
     from flexidit.models import FlexiTransformer
@@ -65,7 +64,7 @@ def read_target(settings: TargetSettings, strategy: Strategy | None) -> tuple[Fl
     def read() -> tuple[object, torch.dtype, str | None]:
         target = settings.build()
         targets.append(target)
-        return target.config, next(target.parameters()).dtype, base_source(target, settings.checkpoint)
+        return target.config, next(target.parameters()).dtype, settings.source_of_base(target)
 
     config, dtype, source = read_once(strategy, read)
     if targets:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flexidit.models import FlexiTransformer
-from flexidit.recipes import flexify
 from lightning_modules.base import DiffusionModule
+from lightning_modules.students import make_student
 
 
 class Pretraining(DiffusionModule):
@@ -23,4 +23,4 @@ class Pretraining(DiffusionModule):
             return target
         if flex.recipe == "lora":
             raise ValueError("pre-training with recipe 'lora' would train adapters of random weights; use 'shared'")
-        return flexify(target, **vars(flex), keep_target=False)
+        return make_student(target, flex)

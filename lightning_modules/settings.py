@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flexidit.config import CaptionedConfig, Positions, Recipe, TransformerConfig
 from flexidit.diffusion.mmd import ChainPlan, Estimator
+from lightning_modules.trained_state import base_source
 
 if TYPE_CHECKING:
     from flexidit.models import FlexiTransformer
@@ -57,13 +58,17 @@ class TargetSettings:
             return self._load(None)
         return self._load(variant_config(self.variant, **self.overrides))
 
+    def source_of_base(self, target: FlexiTransformer) -> str | None:
+        """Where the base is that the built target was read from."""
+        return base_source(target, self.checkpoint)
+
     def _load(self, expected: TransformerConfig | None) -> FlexiTransformer:
         from flexidit.checkpoint import load_checkpoint
 
         assert self.checkpoint is not None
         model = load_checkpoint(self.checkpoint, **_untold(expected))
         if expected is not None:
-            _check(model.config, expected, self.checkpoint)
+            check_config(model.config, expected, self.checkpoint)
         elif set(self.overrides) - {"class_dropout_prob"}:
             raise ValueError(
                 f"target.overrides {', '.join(self.overrides)} change a variant: give target.variant too, or leave "
@@ -86,13 +91,17 @@ class TargetSettings:
         expected = variant_config(self.variant, **self.overrides)
         image = replace(expected, input_size=expected.input_size[-2:])
         model = inflate(load_checkpoint(source, **_untold(image)), expected.input_size)  # type: ignore[type-var]
-        _check(model.config, expected, source)
+        check_config(model.config, expected, source)
         model.config = replace(model.config, class_dropout_prob=expected.class_dropout_prob)
         return model.float().train()
 
 
-def _check(found: TransformerConfig, expected: TransformerConfig, source: str) -> None:
-    """Refuse weights of another model than the one that was named."""
+def check_config(found: TransformerConfig, expected: TransformerConfig, source: str) -> None:
+    """Refuse weights of another model than the one that was named.
+
+    Raises:
+        ValueError: naming the first field that differs.
+    """
     if type(found) is not type(expected):
         kinds = (type(config).__name__.removesuffix("Config") for config in (found, expected))
         raise ValueError("{} holds a {}, but target.variant is a {}".format(source, *kinds))

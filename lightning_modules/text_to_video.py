@@ -37,6 +37,7 @@ class TextToVideo(Distillation):
         gather_dtype: GatherDtype = "float32",
         vae: str | None = None,
         seed: int = 0,
+        init_from: str | None = None,
     ) -> None:
         super().__init__(
             target=target,
@@ -50,6 +51,7 @@ class TextToVideo(Distillation):
             gather_dtype=gather_dtype,
             vae=vae,
             seed=seed,
+            init_from=init_from,
         )
 
     def build_model(self, target: FlexiTransformer) -> FlexiTransformer:

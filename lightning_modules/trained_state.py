@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from flexidit.checkpoint import read_any
-from flexidit.config import config_to_dict
 from flexidit.export import Adapters, BaseIdentity
 from flexidit.identity import base_hash
 
 if TYPE_CHECKING:
     from flexidit.models import FlexiTransformer
-    from lightning_modules.base import DiffusionModule
 
 
 def base_source(target: FlexiTransformer, checkpoint: str | None) -> str | None:
@@ -51,23 +48,12 @@ def trained_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def check_loadable(checkpoint: Mapping[str, Any], module: DiffusionModule, text: Mapping[str, Any] | None) -> None:
-    """Refuse to resume adapters on another base than theirs, or with other adapters than those of the file.
+def check_base(saved: Mapping[str, str] | None, own: BaseIdentity | None) -> None:
+    """Refuse to resume adapters on another base than theirs.
 
     Raises:
-        ValueError: the file's base is not ``target.checkpoint``, it has other adapters, or lacks some of their tensors.
+        ValueError: the file's base is not ``target.checkpoint``, or one of both has none.
     """
-    said = checkpoint.get("flexidit", {})
-    _check_base(said.get("base"), module.base_identity)
-    if module.base_identity is not None:
-        _check_flex(said["config"].get("flex"), config_to_dict(module.model.config)["flex"])
-        if "state_dict" in checkpoint:  # ModelParallelStrategy has loaded it by now, and taken it out
-            _check_names(checkpoint["state_dict"], trained_names(module))
-    if text is not None and said.get("text") not in (None, text):
-        rank_zero_warn("the checkpoint was trained with captions of another text encoder than the data have now")
-
-
-def _check_base(saved: Mapping[str, str] | None, own: BaseIdentity | None) -> None:
     if saved is None and own is None:
         return
     if saved is None:
@@ -87,14 +73,12 @@ def _check_base(saved: Mapping[str, str] | None, own: BaseIdentity | None) -> No
         )
 
 
-def _check_flex(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
-    if differing:
-        each = ", ".join(f"{name} {saved.get(name)} instead of {own.get(name)}" for name in differing)
-        raise ValueError(f"the checkpoint's adapters are not those of the config, they have {each}: make both agree")
+def check_names(saved: Mapping[str, Any], own: set[str]) -> None:
+    """Refuse a file that lacks some of the tensors that train, or has others: it would be loaded without a word.
 
-
-def _check_names(saved: Mapping[str, Any], own: set[str]) -> None:
+    Raises:
+        ValueError: naming the first of them.
+    """
     differing = sorted(own ^ saved.keys())
     if differing:
         kind = "lacks" if differing[0] in own else "has unknown"

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flexidit.commands.endings import blaming_the_first, with_endings
+from flexidit.commands.resuming import ALLOW_CHANGES, add_resume_options, allow_changes, check_start, spelt
 from flexidit.worker_faults import explain_worker
 from lightning_modules.checkpoint_choice import check_file, run_checkpoints
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
@@ -62,6 +63,9 @@ class _Parser(LightningArgumentParser):
 class CLI(LightningCLI):
     """Lightning's command line, which fails early and saves without a second copy in memory."""
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_resume_options(parser)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer.plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
@@ -83,6 +87,8 @@ class CLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path and path not in _KEYWORDS and not Path(path).exists() and "://" not in path:
             raise FileNotFoundError(f"there is no checkpoint at {path}; 'last' continues the run of this config")
+        if self.subcommand == "fit":
+            check_start(lambda name: self._get(self.config, name))
 
     def _parse_ckpt_path(self) -> None:
         # Lightning reads the whole file here, for hyper-parameters, which no module of this project has.
@@ -93,6 +99,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Do not write beside an earlier run's checkpoint."""
+        allow_changes(self.model, self.config_init["fit"].get(ALLOW_CHANGES))
         found = next((path for path in run_checkpoints(self.trainer) if path.stem == "last"), None)
         if found is not None and self.config_init["fit"].get("ckpt_path") is None:
             raise ValueError(
@@ -137,7 +144,7 @@ def run(args: Sequence[str]) -> int:
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
             parser_kwargs={"prog": "flexidit", **{name: {"description": _describe(name)} for name in _EXAMPLES}},
-            args=list(args),
+            args=spelt(args),
         )
     except (_OptionError, MisconfigurationException) as error:
         raise ValueError(_sentence(str(error))) from error

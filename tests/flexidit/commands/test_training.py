@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_none_or_another_model_s_is_refused(capfd: pytest.C
     assert fit("--trainer.max_steps=1") == 0
     assert fit("--trainer.max_steps=2", "--ckpt_path=last", "--model.init_args.flex.patch_sizes=[4,8]") == 2
     message = capfd.readouterr().err.splitlines()[-1]
-    assert "last.ckpt is of another model: 10 tensors differ, model." in message
+    assert "last.ckpt is of another model than the config's (flex.weak_patch_sizes" in message
     assert "there is no good one in " in message
 
 
@@ -210,3 +210,33 @@ def test_a_data_process_that_dies_ends_in_one_sentence(
     monkeypatch.setattr("lightning_modules.base.DiffusionModule.loss", die)
     assert fit("--trainer.max_steps=2") == 2
     assert "flexidit fit: process 12, which read data, died (Killed): " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--resume.allow_changes", "--resume.allow-changes", "config"])
+def test_changed_settings_are_refused_by_name_or_allowed(option: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fit("--trainer.max_steps=1") == 0
+    changed = ["--trainer.max_steps=2", "--ckpt_path=last", "--model.init_args.optimizer.lr=0.5", "--data.seed=1"]
+    assert fit(*changed) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "(model.optimizer.lr 0.001 -> 0.5, data.seed 0 -> 1)" in last
+    assert "--resume.allow_changes" in last
+    Path("allow.yaml").write_text("resume: {allow_changes: true}\n")
+    assert fit(*changed, *(["-c", "allow.yaml"] if option == "config" else [option])) == 0
+    saved = torch.load("ckpt/last.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.5
+    assert saved["flexidit"]["run"]["settings"]["data"]["seed"] == 1
+
+
+def test_a_new_run_from_old_weights_is_no_resume(capfd: pytest.CaptureFixture[str]) -> None:
+    """One command line starts it, and continues it where it has begun; another run's checkpoint is another start."""
+    assert fit("--trainer.max_steps=3") == 0
+    Path("ckpt").rename("first")
+    new = ["--model.init_from=first/last.ckpt", "--model.init_args.flex.patch_sizes=[4,8]"]
+    assert fit(*new, "--trainer.max_steps=5", "--ckpt_path=first/last.ckpt") == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "--ckpt_path first/last.ckpt continues a run and model.init_from first/last.ckpt starts a new one" in last
+    for steps in (1, 2):
+        assert fit(*new, f"--trainer.max_steps={steps}", "--ckpt_path=last") == 0
+        assert torch.load("ckpt/last.ckpt", weights_only=True)["global_step"] == steps
+    assert [size.name for size in load_checkpoint("ckpt/last.ckpt").patch_sizes] == ["1x2x2", "1x4x4", "1x8x8"]
+    assert main(["validate", "-c", "run.yaml", *new, "--ckpt_path=ckpt/last.ckpt"]) == 0
