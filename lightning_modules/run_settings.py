@@ -134,7 +134,8 @@ def _check_model(checkpoint: Mapping[str, Any], module: DiffusionModule) -> None
     said = checkpoint.get("flexidit", {})
     differing = model_differences(said, module)
     if differing:
-        raise ValueError(f"the checkpoint is of another model than the config's ({', '.join(differing)}): {ANOTHER_MODEL}")
+        what = f"the checkpoint is of another model than the config's ({', '.join(differing)})"
+        raise ValueError(f"{what}: {ANOTHER_MODEL}")
     check_base(said.get("base"), module.base_identity)
     if module.base_identity is not None and "state_dict" in checkpoint:  # ModelParallelStrategy has taken it out
         check_names(checkpoint["state_dict"], trained_names(module))
