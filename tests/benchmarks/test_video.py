@@ -72,7 +72,9 @@ def test_all_weights_train_where_no_adapter_does(repository: Path) -> None:
     assert recomputed.activations < memory.activations
 
 
-@pytest.mark.parametrize("name", ["imagenet/class_conditional_xl2", "text_to_image/pixart_256", "text_to_video/wan_14b"])
+@pytest.mark.parametrize(
+    "name", ["imagenet/class_conditional_xl2", "text_to_image/pixart_256", "text_to_video/wan_14b"]
+)
 def test_settings_are_those_of_the_config(repository: Path, name: str) -> None:
     path = repository / "configs" / f"{name}.yaml"
     config = yaml.safe_load(path.read_text())

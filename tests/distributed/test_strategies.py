@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from callbacks.ema import EMA
 from datamodules.digits import DigitsDataModule
@@ -28,6 +31,15 @@ from lightning_modules.settings import FlexSettings, MatchingSettings, Optimizer
 
 TINY = {"input_size": 8, "in_channels": 1, "num_classes": 10, "depth": 2, "hidden_size": 32, "num_heads": 2}
 STEPS, CLIP = 4, 0.05  # gradients are longer, so that each step is clipped
+
+
+class Fused(OptimizerSettings):
+    """The fused kernel, which GPUs have by default, on a CPU too."""
+
+    def build(self, parameters: Iterable[nn.Parameter], max_steps: float, fused: bool = True) -> Any:
+        assert fused
+        optimizer = AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, fused=True)
+        return optimizer, LambdaLR(optimizer, self.factor(max_steps))
 
 
 class Record(Callback):
@@ -63,8 +75,9 @@ def train(
     **options: Any,
 ) -> dict[str, Any]:
     """Some steps of fine-tuning; ``global_batch`` is that of a step."""
+    kind = Fused if precision == "bf16-mixed" else OptimizerSettings
     target = TargetSettings(checkpoint=str(folder / "target.safetensors"))
-    module = ClassConditional(target, FlexSettings([4]), optimizer=OptimizerSettings(lr=1e-2), **options)
+    module = ClassConditional(target, FlexSettings([4]), optimizer=kind(lr=1e-2), **options)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world_size,
@@ -85,7 +98,7 @@ def train(
     )
     trainer.fit(module, DigitsDataModule(batch_size=global_batch // world_size // accumulate))
     return {
-        "losses": torch.stack(record.losses).view(STEPS, accumulate).mean(1),
+        "losses": torch.stack(record.losses).view(STEPS, accumulate).sum(1),  # Lightning divides each
         "norms": torch.stack(record.norms),
         "weights": record.weights,
         "average": record.average,
@@ -94,7 +107,11 @@ def train(
     }
 
 
-MATCHING: dict[str, Any] = {"precision": "64-true", "global_batch": 8, "matching": MatchingSettings(0.5, num_timesteps=50)}
+MATCHING: dict[str, Any] = {
+    "precision": "64-true",
+    "global_batch": 8,
+    "matching": MatchingSettings(0.5, num_timesteps=50),
+}
 RUNS: dict[str, dict[str, Any]] = {  # what one process does too, without accumulation
     "ddp": {"precision": "64-true"},
     "fsdp": {},
