@@ -362,7 +362,9 @@ class DiffusionModule(LightningModule, ABC):
             shard(self.model, self.device_mesh, self.gather_dtype)
         elif isinstance(strategy, DDPStrategy) and self._trains_in_turns:
             # What belongs to other patch sizes gets no gradient in a step, and AdamW must skip it as it does in one
-            # process: a gradient of zero would let its momentum move it.
+            # process: a gradient of zero would let its momentum move it. Looking for it costs less than zeros in its
+            # place (two gloo processes, 5 M in 202 tensors of two adapters, least of 20 steps: 151 ms, zeros 164);
+            # reducing only the gradients at hand, without DDP's reducer, 142 ms, but nothing of it beside backward.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def _checked_weights(self) -> list[float]:

@@ -14,7 +14,7 @@ from flexidit.diffusion.mmd import ChainPlan, Estimator, bootstrapped_mmd_loss, 
 from flexidit.models import FlexiTransformer
 from flexidit.patch_size import PatchSize
 from lightning_modules.base import DiffusionModule
-from lightning_modules.draws import keyed
+from lightning_modules.draws import keyed, places
 from lightning_modules.settings import FlexSettings, MatchingSettings, OptimizerSettings, TargetSettings
 from lightning_modules.sharding import GatherDtype
 from lightning_modules.students import make_student
@@ -111,6 +111,7 @@ class ClassConditional(DiffusionModule):
             scale=settings.scale,
         )
         half = _half(batch, settings.estimator)
+        keys = (keyed(*key, place) for place in places(0, half, self.global_rank, self.trainer.world_size))
         return bootstrapped_mmd_loss(
             self._denoise,
             diffusion,
@@ -119,7 +120,7 @@ class ClassConditional(DiffusionModule):
             batch["y"][half : 2 * half],
             plan=self.plan,
             times=times,
-            generator=torch.Generator(self.device).manual_seed(keyed(*key, self.global_rank)),
+            generator=[torch.Generator(self.device).manual_seed(one) for one in keys],
             backprop_steps=self._num_backprop_steps,
             estimator=settings.estimator,
         )

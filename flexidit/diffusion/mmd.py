@@ -29,6 +29,9 @@ Estimator: TypeAlias = Literal["biased", "unbiased"]
 Denoiser: TypeAlias = Callable[[Tensor, Tensor, Tensor, PatchSize], Tensor]
 """``denoise(x_t, t, y, patch_size)``: model output at the model's own times t (N,), (N, C, ...) -> (N, C | 2C, ...)."""
 
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+"""Where noise is drawn from: one generator, one for each sample, or PyTorch's global one."""
+
 # Squared bandwidths of the default mixture, relative to the median squared distance.
 _MIXTURE = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -115,7 +118,7 @@ def bootstrapped_mmd_loss(
     *,
     plan: ChainPlan,
     times: tuple[int, int],
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     backprop_steps: int | None = None,
     bandwidths: Sequence[float] | None = None,
     estimator: Estimator = "biased",
@@ -134,8 +137,9 @@ def bootstrapped_mmd_loss(
         y: (M, ...), their condition. The loss compares samples regardless of it.
         plan: patch sizes of the chain.
         times: ``(t1, t2)`` from :func:`sample_time_pair`, the same on all ranks.
-        generator: noise of both ends and of the chain, on the device of the latents, different on each rank; ``None``
-            means PyTorch's global one.
+        generator: noise of both ends and of the chain, on the device of the latents, different on each rank; one for
+            each sample, where draws must not depend on how samples are split over ranks (N = M then); ``None`` means
+            PyTorch's global one.
         backprop_steps: how many of the last steps carry gradients. Each costs the activations of one forward, unless
             the model checkpoints them. ``None`` means the steps of the most powerful size; the paper does not say.
         bandwidths: see :func:`rbf_mmd`.
@@ -170,7 +174,7 @@ def denoise_chain(
     y: Tensor,
     *,
     plan: ChainPlan,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     backprop_steps: int | None = None,
 ) -> Tensor:
     """Latents after ``len(plan)`` ancestral steps from index ``t``, gradients through the last ones only.
@@ -309,8 +313,13 @@ def _full(t: int, x: Tensor) -> Tensor:
     return torch.full(x.shape[:1], t, dtype=torch.long, device=x.device)
 
 
-def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+def _noise_like(x: Tensor, generator: Generators) -> Tensor:
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    noise = torch.empty_like(x)
+    for sample, own in zip(noise, generator, strict=True):
+        sample.normal_(generator=own)
+    return noise
 
 
 def _sigmoid(logit: float) -> float:
