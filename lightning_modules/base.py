@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from lightning_modules.further import start_settings
 from lightning_modules.generators import RunGenerators
 from lightning_modules.gradients import clip_gradients
 from lightning_modules.guards import StepGuard
+from lightning_modules.noisy_batch import NoisyBatch
 from lightning_modules.one_reader import device_of, read_once, read_target
 from lightning_modules.run_settings import adopt_optimizer, check_resume, describe_run
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
@@ -44,24 +45,6 @@ from lightning_modules.trained_state import identify_base, keep_trained
 
 GAP_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 """Step indices where validation compares weak with powerful predictions (paper, Fig. 4 right)."""
-
-
-@dataclass(frozen=True)
-class NoisyBatch:
-    """A batch as the model is asked about it."""
-
-    x_start: Tensor
-    """(N, C, H, W), clean."""
-    noise: Tensor
-    """(N, C, H, W)."""
-    x_t: Tensor
-    """(N, C, H, W), both mixed."""
-    t: Tensor
-    """(N,) step indices of the process."""
-    times: Tensor
-    """(N,) what the model is told of them."""
-    y: Any
-    """N labels or captions, some of them dropped."""
 
 
 class DiffusionModule(LightningModule, ABC):
