@@ -4,11 +4,11 @@
     python benchmarks/memory.py configs/text_to_video/wan_14b.yaml --gpus 8 --gather float32 --batch-size 2
 
 Weights, what trains with moments, average and gradients are counted tensor by tensor. Sharded (FSDP2; HSDP: the GPUs
-of a group), each GPU holds its part of them, and beside that, whole, the block in use, the next one, and what is outside
-of blocks; "1" is DDP or a single GPU. Activations are what lives at the height of a step with bf16-mixed (teacher, student
-and backward, of the patch size that needs most), counted while the model runs on tensors without data. Not counted: the
-chain of the matching loss (half a batch more for each step that carries gradients), work space of kernels, the
-allocator's gaps, collectives' buffers and CUDA itself; take a fifth more.
+of a group), each GPU holds its part of them, and beside that, whole, the block in use, the next one, and what is
+outside of blocks; "1" is DDP or a single GPU. Activations are what lives at the height of a step with bf16-mixed
+(teacher, student and backward, of the patch size that needs most), counted while the model runs on tensors without
+data. Not counted: the chain of the matching loss (half a batch more for each step that carries gradients), work space
+of kernels, the allocator's gaps, collectives' buffers and CUDA itself; take a fifth more.
 """
 
 from __future__ import annotations
