@@ -24,7 +24,7 @@ from flexidit.cli import main
 from flexidit.commands.training import CLI
 from flexidit.variants import variant_config
 from lightning_modules.base import DiffusionModule
-from lightning_modules.checkpoint_io import StreamingCheckpointIO
+from lightning_modules.checkpoint_io import BackgroundCheckpointIO, StreamingCheckpointIO
 from lightning_modules.settings import TargetSettings
 from lightning_modules.sharded_strategy import ShardedStrategy
 
@@ -37,6 +37,7 @@ STRATEGIES = {
     "fsdp": (ShardedStrategy, "job"),
     "hsdp": (ShardedStrategy, "node"),
     "slurm": (SingleDeviceStrategy, None),  # comes after one of the others
+    "background": (SingleDeviceStrategy, None),  # likewise
 }
 XL2 = CONFIGS / "imagenet" / "class_conditional_xl2.yaml"
 
@@ -110,7 +111,8 @@ def test_any_trainer_config_follows_any_recipe(path: Path, trainer_config: Path,
     assert list(yaml.safe_load(trainer_config.read_text())) == ["trainer"]
     trainer = parse(tmp_path, path, trainer_config).trainer
     strategy: Any = trainer.strategy
-    assert isinstance(strategy.checkpoint_io, StreamingCheckpointIO)
+    writer = BackgroundCheckpointIO if trainer_config.stem == "background" else StreamingCheckpointIO
+    assert isinstance(strategy.checkpoint_io, writer)
     kind, shared = STRATEGIES[trainer_config.stem]
     assert type(strategy) is kind
     assert getattr(strategy, "shard_over", None) == shared
