@@ -126,7 +126,7 @@ def test_one_of_another_model_is_refused_or_passed_over(
     message = last_line(capsys)
     assert "ckpt/newer.ckpt is of another model than the config's (depth 2 -> 1): make both agree" in message
     assert message.endswith("the newest good one before it is ckpt/last.ckpt: give that to --ckpt_path")
-    with pytest.warns(UserWarning, match=r"newer\.ckpt is of another model: .* going on from .*last\.ckpt"):
+    with pytest.warns(UserWarning, match=r"newer\.ckpt is of another model than .* going on from .*last\.ckpt"):
         assert run("--ckpt_path=last", "--trainer.max_steps=4") == 0
 
 
