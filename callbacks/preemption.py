@@ -161,6 +161,7 @@ class Preemption(Callback):
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step > self._first_step:  # else the run that it continues has saved
             save_last(trainer)
+            _finish_writing(trainer)
 
 
 class _NotedSignals:
@@ -221,6 +222,17 @@ def save_last(trainer: Trainer) -> None:
     if saver.save_last == "link" and saver.save_top_k != 0:
         saver._save_checkpoint(trainer, saver.format_checkpoint_name(metrics, "preempted-{step}"))
     saver._save_last_checkpoint(trainer, metrics)
+
+
+def _finish_writing(trainer: Trainer) -> None:
+    """Wait for what is written in the background: a job that asks to be requeued is ended at once."""
+    wait = getattr(trainer.strategy.checkpoint_io, "wait", None)
+    if wait is None:
+        return
+    try:
+        wait()
+    except OSError as error:  # of rank 0 only, which must not leave the others alone
+        rank_zero_warn(f"the checkpoint of this signal could not be saved: {error}")
 
 
 def requeue() -> None:

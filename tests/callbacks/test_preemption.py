@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from callbacks.preemption import INTERRUPTED, PREEMPTED, Preemption, requeue
+from lightning_modules.checkpoint_io import BackgroundCheckpointIO, StreamingCheckpointIO
 
 
 class At(Callback):
@@ -41,12 +44,16 @@ def send(*signals: signal.Signals, pause: float = 0.0) -> Callable[[], None]:
 
 
 def fit(
-    folder: Path, *callbacks: Callback, saver: ModelCheckpoint | None = None, ckpt_path: str | None = None
+    folder: Path,
+    *callbacks: Callback,
+    saver: ModelCheckpoint | None = None,
+    ckpt_path: str | None = None,
+    plugins: Any = None,
 ) -> pl.Trainer:
     saver = saver or ModelCheckpoint(folder, every_n_train_steps=100, save_top_k=0, save_last=True)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_steps=6, logger=False, default_root_dir=folder, callbacks=[*callbacks, saver],
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, plugins=plugins,
     )  # fmt: skip
     trainer.fit(BoringModel(), ckpt_path=ckpt_path, weights_only=False)
     return trainer
@@ -69,6 +76,30 @@ def test_a_signal_ends_the_fit_at_the_end_of_the_step(number: signal.Signals, co
     assert at.seen == [0, 1, 2]
     assert saved_step(tmp_path / "last.ckpt") == 3
     assert {each: signal.getsignal(each) for each in before} == before
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["well", "full disk"])
+def test_a_checkpoint_that_is_written_in_the_background_is_waited_for(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM ends a job as soon as it is asked to requeue it."""
+
+    def save_slowly(self: StreamingCheckpointIO, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        time.sleep(0.5)
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        torch.save({"global_step": checkpoint["global_step"]}, path)
+
+    there: list[bool] = []
+    monkeypatch.setattr(StreamingCheckpointIO, "save_checkpoint", save_slowly)
+    told = "callbacks.preemption.rank_zero_info"
+    monkeypatch.setattr(told, lambda _: there.append((tmp_path / "last.ckpt").exists()))
+    warned = (
+        pytest.warns(UserWarning, match="of this signal could not be saved: .*No space") if fails else nullcontext()
+    )
+    with pytest.raises(SystemExit) as stop, warned:
+        fit(tmp_path, At(2, send(signal.SIGTERM)), Preemption(), plugins=BackgroundCheckpointIO())
+    assert stop.value.code == PREEMPTED and there == [not fails]
 
 
 def test_it_may_ask_less_often(tmp_path: Path) -> None:
