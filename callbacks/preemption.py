@@ -143,7 +143,7 @@ class Preemption(Callback):
         if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return
         if signum == environment.requeue_signal and trainer.is_global_zero:
-            requeue()
+            _requeue_if_it_helps(trainer)
 
     def _watched(self, trainer: Trainer) -> list[signal.Signals]:
         environment = trainer._accelerator_connector.cluster_environment
@@ -233,6 +233,16 @@ def _finish_writing(trainer: Trainer) -> None:
         wait()
     except OSError as error:  # of rank 0 only, which must not leave the others alone
         rank_zero_warn(f"the checkpoint of this signal could not be saved: {error}")
+
+
+def _requeue_if_it_helps(trainer: Trainer) -> None:
+    """Not where every start would do the same work again for ever."""
+    if any(getattr(callback, "saves_nothing", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        rank_zero_warn(
+            "the job is not requeued, since not one checkpoint could be saved: make room, and submit it again"
+        )
+        return
+    requeue()
 
 
 def requeue() -> None:

@@ -9,6 +9,7 @@ runs unless they are ``DistributedSampler``s, so ours is one, and ``use_distribu
 import gc
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -316,6 +317,7 @@ def map_loader(
         drop_last=training,
         num_workers=num_workers,
         collate_fn=identity,
+        worker_init_fn=outlive_preemption,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
     )
@@ -336,6 +338,7 @@ def stream_loader(dataset: Any, batch_size: int, num_workers: int = 0) -> Resuma
         batch_size=batch_size,
         drop_last=dataset.training,
         num_workers=workers,
+        worker_init_fn=outlive_preemption,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -365,3 +368,15 @@ def ranks_of(trainer: L.Trainer | None) -> tuple[int, int]:
 def identity(batch: Batch) -> Batch:
     """Collate function of data sets that return whole batches."""
     return batch
+
+
+def outlive_preemption(worker: int) -> None:
+    """Have a reading process pass over the first SIGTERM: launchers send it to whole groups, and the step must end.
+
+    The next one ends it, which is how torch and multiprocessing end processes that are stuck.
+    """
+
+    def pass_over(signum: int, frame: object) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, pass_over)

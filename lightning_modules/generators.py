@@ -100,6 +100,7 @@ class RunGenerators:
             ranks = (module.global_rank, module.trainer.world_size)
             restore_generators(self._loaded, module.device, *ranks, key=key)
         self._loaded = None
+        self._before_validation = {}
         self.end_step(module)
 
     def end_step(self, module: LightningModule) -> None:
@@ -108,13 +109,18 @@ class RunGenerators:
             self._of_step = read_generators(module.device)
 
     def save(self, module: LightningModule) -> list[dict[str, Any]]:
-        """Those of all ranks for a checkpoint; of a step that is not complete those before it, since it is repeated."""
+        """Those of all ranks for a checkpoint.
+
+        Of a step that is not complete, those before it, since it is repeated. In validation, those before that: they
+        are put back after it, and one that is broken off is repeated whole.
+        """
         progress, accumulated = (
             module.trainer.fit_loop.epoch_loop.batch_progress,
             module.trainer.accumulate_grad_batches,
         )
         is_between = begun_batches(progress.state_dict(), accumulated) > 0
-        return gather_generators(self._of_step if is_between and self._of_step else read_generators(module.device))
+        kept = self._of_step if is_between else self._before_validation
+        return gather_generators(kept or read_generators(module.device))
 
     def enter_validation(self, module: LightningModule) -> None:
         """Whatever draws in it: a run that is resumed after it, and does not repeat it, goes on the same."""
@@ -123,3 +129,4 @@ class RunGenerators:
     def leave_validation(self, module: LightningModule) -> None:
         """Put back the states of :meth:`enter_validation`."""
         write_generators(self._before_validation, module.device)
+        self._before_validation = {}

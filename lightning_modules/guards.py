@@ -213,12 +213,31 @@ class StepGuard(Callback):
                 "clip gradients"
             )
         path = _folder(trainer) / f"good_step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)
+        if not _save(trainer, path):
+            raise DivergedError(
+                f"{count} steps in a row were not finite and were left out, the run has diverged, and its last good "
+                "state could not be saved: go on from an earlier checkpoint with --ckpt_path, with room to write to"
+            )
         raise DivergedError(
             f"{count} steps in a row were not finite and were left out, the run has diverged: its last good state is "
             f"in {path}; lower optimizer.lr, clip gradients or see to the samples named above, and go on with "
             f"--ckpt_path {path}"
         )
+
+
+def _save(trainer: Trainer, path: Path) -> bool:
+    """Whether a checkpoint is on disk then, for all ranks; one that is written in the background is waited for."""
+    before = _written_at(path)  # by an earlier start
+    trainer.save_checkpoint(path)
+    wait = getattr(trainer.strategy.checkpoint_io, "wait", None)
+    with suppress(OSError):
+        if wait is not None:
+            wait()
+    return bool(trainer.strategy.broadcast(_written_at(path) not in (None, before)))
+
+
+def _written_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _is_scaling_down(trainer: Trainer) -> bool:

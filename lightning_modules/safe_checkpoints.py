@@ -75,6 +75,11 @@ class SafeCheckpoints(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _unwrap(trainer.strategy)
 
+    @property
+    def saves_nothing(self) -> bool:
+        """Whether not one of the saves that were tried has succeeded; the same on all ranks."""
+        return 0 < self._num_tried <= self._num_failed
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A checkpoint that was saved between a failed save and the next step says that there is one more.
         tracked = {path for callback in _retaining(trainer) for path in _tracked(callback)}
@@ -99,7 +104,7 @@ class SafeCheckpoints(Callback):
         Raises:
             OSError: not one checkpoint could be saved.
         """
-        if self._num_tried and self._num_failed >= self._num_tried:
+        if self.saves_nothing:
             raise OSError(
                 f"not one of this run's {self._num_tried} checkpoints could be saved ({self._reason}), and what it "
                 "trained is lost: give it a folder that can be written to, with room"
@@ -205,6 +210,12 @@ def save_folder(strategy: Strategy, write: Callable[..., None], checkpoint: dict
         error = _first_failure(raised)
     except OSError as raised:
         error = raised
+    except RuntimeError as raised:  # of what rank 0 writes beside the shards, by torch's own writer
+        if _WRITER not in str(raised):
+            raise
+        error = OSError("its file cannot be written")
+    if error is not None and error.errno is not None:  # of a file in the temporary folder, which nobody knows
+        error = OSError(error.errno, error.strerror, str(path))
     is_whole = strategy.reduce_boolean_decision(error is None, all=True)
     on_rank_zero(strategy, lambda: _end_folder(path, error, is_whole))
 

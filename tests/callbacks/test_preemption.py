@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +19,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.preemption import INTERRUPTED, PREEMPTED, Preemption, requeue
 from lightning_modules.checkpoint_io import BackgroundCheckpointIO, StreamingCheckpointIO
@@ -206,3 +211,65 @@ def test_a_job_that_slurm_does_not_requeue_is_told_of(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.warns(UserWarning, match="did not requeue job 12"):
         requeue()
+
+
+@pytest.mark.parametrize("saves_nothing", [False, True])
+def test_a_job_that_can_save_nothing_is_not_requeued_for_ever(
+    saves_nothing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("callbacks.preemption.requeue", lambda: asked.append(True))
+    trainer: Any = SimpleNamespace(
+        global_step=3,
+        loggers=[],
+        is_global_zero=True,
+        callbacks=[SimpleNamespace(saves_nothing=saves_nothing)],
+        _accelerator_connector=SimpleNamespace(cluster_environment=SLURMEnvironment(auto_requeue=True)),
+    )
+    preemption, module = Preemption(), BoringModel()
+    preemption._noted.agreed = signal.SIGUSR1
+    warned = pytest.warns(UserWarning, match="not one checkpoint could be saved") if saves_nothing else nullcontext()
+    with warned:
+        preemption.on_exception(trainer, module, SIGTERMException())
+    assert bool(asked) != saves_nothing
+
+
+GROUP = """
+import sys, time
+import lightning.pytorch as pl, torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from callbacks.preemption import Preemption
+from datamodules.loading import map_loader
+
+class Samples(torch.utils.data.Dataset):
+    def __getitems__(self, keys):
+        return torch.zeros(len(keys), 32)
+
+class Slow(BoringModel):
+    def training_step(self, batch, batch_idx):
+        print("step", flush=True)
+        time.sleep(0.3)
+        return super().training_step(batch, batch_idx)
+
+saver = ModelCheckpoint(sys.argv[1], every_n_train_steps=1000, save_top_k=0, save_last=True)
+trainer = pl.Trainer(accelerator="cpu", devices=1, max_steps=40, logger=False, enable_progress_bar=False,
+                     enable_model_summary=False, limit_val_batches=0, callbacks=[Preemption(), saver])
+trainer.fit(Slow(), map_loader(Samples(), range(4000), batch_size=4, training=True, trainer=None, num_workers=2))
+"""
+
+
+def test_a_signal_to_the_whole_group_spares_the_processes_that_read(tmp_path: Path) -> None:
+    """As launchers send it; a reading process that dies of it would end the run in the middle of its step."""
+    command = [sys.executable, "-c", GROUP, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "step":
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=120) == PREEMPTED
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert saved_step(tmp_path / "last.ckpt") > 0
