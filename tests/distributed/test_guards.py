@@ -5,7 +5,6 @@ Run as a script under ``torchrun``, this file is the worker: ``FOLDER``.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,8 +25,6 @@ from flexidit.checkpoint import save_checkpoint
 from lightning_modules import ClassConditional
 from lightning_modules.guards import DivergedError, StepGuard
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
-
-pytestmark = pytest.mark.xdist_group("distributed")
 
 TINY = {"input_size": 8, "in_channels": 1, "num_classes": 10, "depth": 2, "hidden_size": 32, "num_heads": 2}
 STEPS, BAD = 4, 2
@@ -140,16 +137,10 @@ def worker(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, randomised: Any, torchrun: Any) -> Path:
     folder = tmp_path_factory.mktemp("guards")
-    model = create_model("DiT-Tiny/2", **TINY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)  # a fresh model outputs zero
-    save_checkpoint(model, folder / "target.safetensors")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, __file__, str(folder)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    save_checkpoint(randomised(create_model("DiT-Tiny/2", **TINY)), folder / "target.safetensors")
+    torchrun(__file__, folder)
     return folder
 
 

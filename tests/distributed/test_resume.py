@@ -26,8 +26,6 @@ from tests.distributed.resume_cases import (
     state_differences,
 )
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:

@@ -6,7 +6,6 @@ Run as a script under ``torchrun``, this file is the worker: ``FOLDER``.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -132,29 +131,21 @@ def worker(folder: Path) -> None:
     torch.save(results, folder / f"{torch.distributed.get_rank()}_of_{world_size}.pt")
 
 
-def launch(folder: Path, world_size: int) -> list[dict[str, Any]]:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*run, __file__, str(folder)], capture_output=True, text=True, timeout=300, env=alone)
-    assert done.returncode == 0, done.stderr[-3000:]
+def results_of(folder: Path, world_size: int) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}_of_{world_size}.pt") for rank in range(world_size)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, randomised: Any) -> Path:
     folder = tmp_path_factory.mktemp("strategies")
-    torch.manual_seed(0)
-    model = create_model("DiT-Tiny/2", **TINY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)  # a fresh model outputs zero
-    save_checkpoint(model, folder / "target.safetensors")
+    save_checkpoint(randomised(create_model("DiT-Tiny/2", **TINY)), folder / "target.safetensors")
     return folder
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    return launch(folder, 2)
+def ranks(folder: Path, torchrun: Any) -> list[dict[str, Any]]:
+    torchrun(__file__, folder)
+    return results_of(folder, 2)
 
 
 def assert_equal_training(ranks: list[dict[str, Any]], run: str, alone: dict[str, Any], tolerance: float) -> None:
@@ -199,8 +190,12 @@ def test_all_ranks_draw_the_same_patch_sizes(ranks: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_matching_loss_is_that_of_the_global_batch(folder: Path, ranks: list[Any], world_size: int) -> None:
-    split = ranks if world_size == 2 else launch(folder, 4)
+def test_the_matching_loss_is_that_of_the_global_batch(
+    folder: Path, ranks: list[Any], torchrun: Any, world_size: int
+) -> None:
+    if world_size != len(ranks):
+        torchrun(__file__, folder, world_size)
+    split = results_of(folder, world_size)
     assert_equal_training(split, "ddp_matching", train(folder, **MATCHING), 1e-6)
     without = train(folder, **{**MATCHING, "matching": None})
     assert not torch.allclose(without["losses"], split[0]["ddp_matching"]["losses"])

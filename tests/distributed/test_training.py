@@ -5,7 +5,6 @@ Run as a script under ``torchrun``, this file is the worker: ``FOLDER``.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,16 +94,10 @@ def worker(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, randomised: Any, torchrun: Any) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
-    model = create_model("DiT-Tiny/2", **TINY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)  # a fresh model outputs zero
-    save_checkpoint(model, folder / "target.safetensors")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, __file__, str(folder)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    save_checkpoint(randomised(create_model("DiT-Tiny/2", **TINY)), folder / "target.safetensors")
+    torchrun(__file__, folder)
     return folder
 
 

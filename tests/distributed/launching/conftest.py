@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tests.distributed.processes import free_port
 
 HERE = Path(__file__).parent
 
@@ -119,12 +120,6 @@ def process_environment() -> dict[str, str]:
     return environment()
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 def ranks(world_size: int) -> list[dict[str, str]]:
     """What torchrun would tell each rank of one node."""
     if world_size == 1:
@@ -137,11 +132,6 @@ def ranks(world_size: int) -> list[dict[str, str]]:
     }
     sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     return [{**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-
-
-@pytest.fixture(scope="session", name="free_port")
-def _free_port() -> Callable[[], int]:
-    return free_port
 
 
 @pytest.fixture(scope="session")

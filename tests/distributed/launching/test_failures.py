@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("launching")
-
 TRAINERS = {
     "copies": {"strategy": "ddp"},
     "shards": {"strategy": {"class_path": "lightning_modules.sharded_strategy.ShardedStrategy"}},

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("launching")
-
 STRATEGY = {
     "class_path": "lightning_modules.sharded_strategy.ShardedStrategy",
     "init_args": {"shard_over": 2, "timeout": "0:07:00"},

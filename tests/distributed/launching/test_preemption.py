@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("launching")
-
 DDP = {"strategy": "ddp"}
 FSDP = {"strategy": {"class_path": "lightning_modules.sharded_strategy.ShardedStrategy"}}
 

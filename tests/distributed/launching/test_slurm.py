@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytestmark = pytest.mark.xdist_group("launching")
-
 SCRIPTS = sorted((Path(__file__).resolve().parents[3] / "scripts" / "slurm").glob("*.sbatch"))
 TASKS = 2
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("launching")
+from tests.distributed.processes import free_port
 
 DDP = {"strategy": "ddp"}
 FIT = ["-m", "flexidit.cli", "fit", "-c", "run.yaml", "--ckpt_path=last"]
@@ -70,7 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, write_config: Any, fit: Any)
 
 
 def test_a_node_that_is_killed_and_restarted_costs_the_steps_since_the_checkpoint(
-    tmp_path: Path, whole: Path, write_config: Any, losses: Any, process_environment: dict[str, str], free_port: Any
+    tmp_path: Path, whole: Path, write_config: Any, losses: Any, process_environment: dict[str, str]
 ) -> None:
     write_config(tmp_path, **DDP, num_nodes=2)
     port = free_port()
