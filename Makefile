@@ -38,7 +38,7 @@ types: install-dev  ## types
 test: lint types  ## lint, types and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
-soak: install-dev  ## kill training 30 times at random moments and resume it: a quarter of an hour, differences must be 0
+soak: install-dev  ## kill training 30 times at random moments and resume it: some minutes, differences must be 0
 	$(BIN)/python benchmarks/soak.py --kills 30 --json soak.json
 
 clean:  ## remove what was built, not what was trained

@@ -4,8 +4,8 @@
 
 The three training modules on all their kinds of data, 1 and 2 processes on the CPU. A run is killed (``kill -9`` of
 all its processes) and resumed some times, each time from the newest checkpoint; then it runs to its end and must be the
-whole run, to the last bit: losses of all steps and ranks, weights, average, moments, generators. Expected: a quarter of
-an hour on two cores, and zero differences. Exit code 1 if there is any.
+whole run, to the last bit: losses of all steps and ranks, weights, average, moments, generators. Expected: some minutes
+on two cores, and zero differences. Exit code 1 if there is any.
 """
 
 from __future__ import annotations
