@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
 from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flexidit.skips import BrokenFileError
 
@@ -89,9 +89,16 @@ def _open_container(source: Path | bytes) -> InputContainer:
     # "file:" keeps names with a colon from being taken for addresses
     place = BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
     try:
-        return av.open(place, "r", options=_OPTIONS, metadata_errors="replace")
+        return av.open(place, "r", options=_OPTIONS, **_metadata_options())
     except av.FFmpegError as error:
         raise BrokenClipError(f"not a video, or cut off before its index ({_text(error)})") from error
+
+
+def _metadata_options() -> dict[str, Any]:
+    """Titles that are not UTF-8 are no reason to refuse a clip; PyAV 19 agrees, and knows no such option any more."""
+    import av
+
+    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def _size(source: Path | bytes) -> int:
@@ -288,7 +295,8 @@ def display_matrix(frame: VideoFrame) -> tuple[tuple[int, int], tuple[int, int]]
 
     The identity for the frames of most files.
     """
-    entries = cast("Iterable[SideData]", frame.side_data)
+    found = cast("Sequence[SideData]", frame.side_data)
+    entries = [found[i] for i in range(len(found))]  # what iterating gives depends on PyAV's version
     data = next((bytes(entry) for entry in entries if entry.type.name == "DISPLAYMATRIX"), None)
     if data is None:
         return (1, 0), (0, 1)

@@ -65,12 +65,16 @@ class Case:
     """Whether a callback draws from all global generators."""
     steps: int = STEPS
     """Length of the run."""
+    accelerator: str = "cpu"
+    """On "cuda", with deterministic algorithms."""
+    precision: Any = "32-true"
 
     @property
     def name(self) -> str:
         """Short and complete."""
         parts = [f"{self.processes} proc", f"acc {self.accumulate}", f"{self.workers} workers"]
-        return ", ".join([self.data, *parts, *(["global draws"] if self.draws else [])])
+        device = [] if self.accelerator == "cpu" else [self.accelerator, self.precision]
+        return ", ".join([self.data, *parts, *(["global draws"] if self.draws else []), *device])
 
     @property
     def batch_size(self) -> int:
@@ -93,6 +97,14 @@ CASES = [
 ]
 """A covering set: each module with each of its kinds of data, with 1 and 2 processes, with and without accumulation;
 each kind of loader with and without workers."""
+
+CUDA_CASES = [
+    Case("class digits", accumulate=2, draws=True, accelerator="cuda"),
+    Case("class latents", workers=2, draws=True, accelerator="cuda", precision="bf16-mixed"),
+    Case("image tars", workers=2, accelerator="cuda", precision="16-mixed"),
+    Case("video latents", accumulate=2, accelerator="cuda", precision="bf16-mixed"),
+]
+"""On one GPU: fused AdamW, which leaves out steps by itself; a loss scaler; CUDA's own generator."""
 
 
 def module_of(case: Case, folder: Path) -> DiffusionModule:
@@ -176,7 +188,8 @@ class Draws(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *args: Any) -> None:
         for _ in range(1 + trainer.global_rank):
-            batch["x"] += 0.1 * (torch.randn(()) + np.random.randn() + random.gauss(0, 1))
+            drawn = torch.randn(()) + np.random.randn() + random.gauss(0, 1)
+            batch["x"] += 0.1 * (drawn + torch.randn((), device=batch["x"].device))
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
         self.on_train_batch_start(trainer, pl_module, batch)
@@ -188,7 +201,9 @@ def train(case: Case, inputs: Path, folder: Path) -> None:
     pl.seed_everything(12 if last.exists() else 11, verbose=False)  # a resume has to find its states in the checkpoint
     module, data = module_of(case, inputs), data_of(case, inputs)
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=case.accelerator,
+        precision=case.precision,
+        deterministic=True,
         devices=case.processes,
         strategy="ddp" if case.processes > 1 else "auto",
         max_steps=case.steps,

@@ -16,6 +16,7 @@ import torch
 from tests.distributed.processes import Ranks, fork_server
 from tests.distributed.resume_cases import (
     CASES,
+    CUDA_CASES,
     STEPS,
     Case,
     Runs,
@@ -39,7 +40,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         yield runs
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+ON_CUDA = [pytest.param(case, marks=pytest.mark.gpu) for case in CUDA_CASES]
+
+
+@pytest.mark.parametrize("case", [*CASES, *ON_CUDA], ids=lambda case: case.name)
 def test_a_killed_and_resumed_run_is_the_whole_one_bit_for_bit(runs: Runs, tmp_path: Path, case: Case) -> None:
     whole, rng = runs.whole(case), random.Random()
     folder = tmp_path / "killed"
