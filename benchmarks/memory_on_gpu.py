@@ -28,19 +28,16 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from memory import CONFIGS, DEFAULTS, GIB, Setting, memory_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from memory import CONFIGS, DEFAULTS, GIB, Setting, memory_of  # noqa: E402
-
-from callbacks.ema import EMA  # noqa: E402
-from flexidit.conditions import Captions  # noqa: E402
-from flexidit.config import CaptionedConfig  # noqa: E402
-from flexidit.variants import variant_config  # noqa: E402
-from lightning_modules.base import DiffusionModule  # noqa: E402
-from lightning_modules.sharded_strategy import ShardedStrategy  # noqa: E402
+from callbacks.ema import EMA
+from flexidit.conditions import Captions
+from flexidit.config import CaptionedConfig
+from flexidit.variants import variant_config
+from lightning_modules.base import DiffusionModule
+from lightning_modules.sharded_strategy import ShardedStrategy
 
 
 class Batches(IterableDataset[Any]):
@@ -139,7 +136,9 @@ def measure_alone(path: Path, num_gpus: int, args: argparse.Namespace) -> dict[s
     found = json.loads(lines[-1]) if done.returncode == 0 else {"allocated": None, "reserved": None}
     setting = Setting.read(path)
     computed = memory_of(setting, num_gpus).total
-    return {"recipe": path.stem, "batch": setting.batch_size, "gpus": num_gpus, "computed": computed, **found}
+    row = {"recipe": path.stem, "batch": setting.batch_size, "gpus": num_gpus, "computed": computed, **found}
+    print(row, file=sys.stderr)
+    return row
 
 
 def _as_first_of(num_gpus: int) -> dict[str, str]:

@@ -58,6 +58,7 @@ def fit(tmp_path: Path) -> Callable[..., pl.Trainer]:
         **options: Any,
     ) -> pl.Trainer:
         defaults: dict[str, Any] = {
+            "accelerator": "cpu",
             "logger": False,
             "enable_checkpointing": False,
             "limit_val_batches": 0,
@@ -65,7 +66,6 @@ def fit(tmp_path: Path) -> Callable[..., pl.Trainer]:
         }
         trainer = pl.Trainer(
             max_steps=max_steps,
-            accelerator="cpu",
             devices=1,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -72,7 +72,7 @@ class Held(Student):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         if self.global_step == BAD:
             optimizer_closure()
-            self.step_skipped = torch.tensor(1.0)  # for the average
+            self.step_skipped = torch.tensor(1.0, device=self.device)  # for the average
         else:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
@@ -124,10 +124,15 @@ CASES = {
     "fused, gradient": {"steep": [BAD], "fused": True, "accumulate_grad_batches": 2},
     "matching": {"bad": [BAD], "matching": MatchingSettings(0.5, chain={"4": 1, "2": 1}, num_timesteps=50)},
 }
+ON_CUDA: dict[str, Any] = {"accelerator": "cuda", "deterministic": True}
+CUDA_CASES = [
+    pytest.param({**CASES[name], **ON_CUDA}, marks=pytest.mark.gpu, id=f"{name}, cuda")
+    for name in ("clipped", "fused", "fused, gradient")
+]
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("options", [*(pytest.param(case, id=name) for name, case in CASES.items()), *CUDA_CASES])
 def test_a_step_that_is_not_finite_is_as_if_its_update_had_not_happened(run: Any, options: dict[str, Any]) -> None:
     clean = {name: value for name, value in options.items() if name not in ("bad", "steep")}
     assert_equal(run(**options), run(Held, **clean))
@@ -261,6 +266,38 @@ def test_spikes_are_counted_logged_and_warned_of_seldom(run: Any, tmp_path: Path
 def test_numbers_without_a_meaning_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
         StepGuard(**options)
+
+
+class StepChanges(pl.Callback):
+    """For each step, whether the guard left it out and whether any weight or average changed."""
+
+    def __init__(self, average: EMA) -> None:
+        self.average, self.steps = average, list[tuple[bool, bool]]()
+        self._before: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        self._before = self._state(module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        same = all(map(torch.equal, self._before, self._state(module)))
+        self.steps.append((bool(module.step_skipped), not same))
+
+    def _state(self, module: Any) -> list[Tensor]:
+        return [value.clone() for value in [*module.parameters(), *self.average.average.values()]]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("quiet")
+def test_a_loss_scaler_and_the_guard_leave_out_the_same_steps(fit: Any, make_target: Any) -> None:
+    student, average = Student(make_target("DiT-Tiny/2", num_classes=10)), EMA(0.8)
+    changes = StepChanges(average)
+    data = Digits([BAD], batch_size=8)
+    options = {"accelerator": "cuda", "precision": "16-mixed", "gradient_clip_val": 0.5, "max_epochs": 9}
+    trainer = fit(student, 3 * STEPS, data=data, callbacks=[average, changes], **options)
+    assert all(skipped != changed for skipped, changed in changes.steps[1:])  # the average begins with the first
+    assert changes.steps[BAD][0]
+    assert guard_of(trainer).num_skipped == sum(skipped for skipped, _ in changes.steps) < len(changes.steps)
+    assert all(value.isfinite().all() for value in student.parameters())
 
 
 def test_a_loss_scaler_may_lower_its_scale_first() -> None:
