@@ -98,7 +98,9 @@ class Memory:
     weights: float
     """The frozen base's part."""
     gathered: float
-    """Two blocks and what is outside of blocks; where nothing is sharded, autocast's copies of layers that train."""
+    """Where it is sharded, two blocks and what is outside of blocks. Unless blocks are gathered in bfloat16, autocast's
+    copies in bfloat16 too: of what trains until the end of forward, and of all that backward needs of blocks that are
+    not checkpointed."""
     trained: float
     """What trains: weights, gradients, two moments and the average, float32."""
     activations: float
@@ -117,10 +119,11 @@ def memory_of(setting: Setting, num_gpus: int) -> Memory:
     blocks = [_count(block.parameters()) for block in student.blocks]
     outside = _count(student.parameters()) - sum(blocks)
     gathered = 2 * max(blocks) * _GATHERED[setting.gather] + outside * _FLOAT32
-    copies = 2 * _count(p for p in student.blocks.parameters() if p.requires_grad)
+    kept = (p for p in student.blocks.parameters() if p.requires_grad or not setting.checkpointing)
+    copies = 2 * _count(kept) if num_gpus == 1 or setting.gather == "float32" else 0
     return Memory(
         weights=_count(frozen) * _FLOAT32 / num_gpus,
-        gathered=gathered if num_gpus > 1 else copies,
+        gathered=copies + (gathered if num_gpus > 1 else 0),
         trained=_count(trained) * 5 * _FLOAT32 / num_gpus,
         activations=setting.batch_size * activations_of(replace(setting, batch_size=1, gather="")),
     )

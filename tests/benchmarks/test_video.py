@@ -57,7 +57,9 @@ def test_memory_is_counted_off_the_model(repository: Path) -> None:
     assert memory_of(replace(setting, batch_size=3), 8).activations == 3 * eight.activations
     blocks = sum(p.numel() for p in student.blocks.parameters())
     wider = memory_of(replace(setting, gather="float32"), 8).gathered - eight.gathered
-    assert wider == 2 * blocks  # both of its blocks, two bytes more each
+    assert wider == 2 * blocks + 2 * in_blocks  # both of its blocks, two bytes more each; autocast's copies
+    kept = memory_of(replace(setting, checkpointing=False), 1).gathered
+    assert kept == 2 * blocks  # backward needs the copies of frozen layers too
 
 
 def test_all_weights_train_where_no_adapter_does(repository: Path) -> None:
