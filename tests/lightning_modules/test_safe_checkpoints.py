@@ -22,7 +22,8 @@ from flexidit.weight_files import load_pickle
 from lightning_modules import checkpoint_io
 from lightning_modules.checkpoint_files import begin
 from lightning_modules.checkpoint_io import BackgroundCheckpointIO, StreamingCheckpointIO
-from lightning_modules.safe_checkpoints import SafeCheckpoints, forget, save_folder
+from lightning_modules.safe_checkpoints import SafeCheckpoints, forget
+from lightning_modules.sharded_saves import save_folder
 
 STEPS = 6
 
