@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from flexidit.sharded_files import is_sharded, read_sharded
 from lightning_modules.checkpoint_files import abandon, begin, delete, place
+from lightning_modules.snapshots import Snapshots
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
@@ -60,9 +60,15 @@ class BackgroundCheckpointIO(StreamingCheckpointIO):
     stay until a save succeeds; the error is raised by the next save, or by :meth:`wait`.
 
     Checkpoints that SLURM's signal asks for are waited for: the job ends right after.
+
+    Of sharded checkpoints each process writes its part so, see :mod:`lightning_modules.sharded_saves`.
+
+    Attributes:
+        group: of the processes that write shards, for what they tell one another meanwhile.
     """
 
     def __init__(self) -> None:
+        self.group: Any = None
         self._snapshots = Snapshots()
         self._executor: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
@@ -76,11 +82,27 @@ class BackgroundCheckpointIO(StreamingCheckpointIO):
             OSError: the one before could not be written; this one is being.
         """
         error = self._settle()
-        self._submit(self._save, self._snapshots.take(checkpoint), path, storage_options)
-        if Path(path).name.startswith("hpc_ckpt_"):
-            error = self._settle() or error
+        copied = self.copy(checkpoint)
+        try:
+            self.submit(path, partial(super().save_checkpoint, copied, path, storage_options))
+        except OSError as raised:
+            error = raised
         if error is not None:
             raise error
+
+    def copy(self, state: Any) -> Any:
+        """A state on the host that training does not change, until the next one is copied: wait before."""
+        return self._snapshots.take(state)
+
+    def submit(self, path: str | Path, save: Callable[[], None]) -> None:
+        """Have ``path`` saved after what was asked for before.
+
+        Raises:
+            OSError: it is one that is waited for, and could not be.
+        """
+        self._submit(self._save, save)
+        if Path(path).name.startswith("hpc_ckpt_"):
+            self.wait()
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete it after the saves that were asked for before, unless the last of them failed."""
@@ -123,9 +145,9 @@ class BackgroundCheckpointIO(StreamingCheckpointIO):
         self._pending = []
         return next((error for error in errors if error is not None), None)
 
-    def _save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None) -> None:
+    def _save(self, save: Callable[[], None]) -> None:
         self._last_failed = True
-        super().save_checkpoint(checkpoint, path, storage_options)
+        save()
         self._last_failed = False
         while self._spared:
             super().remove_checkpoint(self._spared.pop())
@@ -135,48 +157,6 @@ class BackgroundCheckpointIO(StreamingCheckpointIO):
             self._spared.append(Path(path))
         else:
             super().remove_checkpoint(path)
-
-
-class Snapshots:
-    """Copies of a state on the host, each in the memory of the one before: new memory takes five times as long."""
-
-    def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
-        self._copies: dict[int, Tensor] = {}
-        self._num_used = 0
-
-    def take(self, state: Any) -> Any:
-        """All its containers and tensors; a tensor that is there twice is copied once. The copy before is lost."""
-        self._copies, self._num_used = {}, 0
-        copied = self._copy(state)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return copied
-
-    def _copy(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in self._copies:
-                self._copies[id(value)] = self._next_buffer(value).copy_(value.detach(), non_blocking=True)
-            return self._copies[id(value)]
-        if isinstance(value, dict):
-            copied = copy(value)  # a state dict is an OrderedDict with an attribute
-            copied.update({key: self._copy(item) for key, item in value.items()})
-            return copied
-        if isinstance(value, (list, tuple)):
-            items = [self._copy(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
-
-    def _next_buffer(self, tensor: Tensor) -> Tensor:
-        """The memory that this tensor had in the last copy, if states are alike."""
-        number, self._num_used = self._num_used, self._num_used + 1
-        if number < len(self._buffers):
-            buffer = self._buffers[number]
-            if (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype):
-                return buffer
-        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        self._buffers[number : number + 1] = [buffer]
-        return buffer
 
 
 class _Sink:
@@ -197,10 +177,19 @@ class _Sink:
         pass  # by place()
 
 
+def write_file(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write it there, as it is serialised.
+
+    Raises:
+        OSError: it cannot be written, for the reason that the system gave.
+    """
+    with path.open("wb") as file:
+        _save_to(_Sink(file), checkpoint)
+
+
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
     try:
-        with begin(path).open("wb") as file:
-            _save_to(_Sink(file), checkpoint)
+        write_file(checkpoint, begin(path))
         place(path)
     except OSError as error:
         abandon(path)

@@ -16,15 +16,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.distributed.checkpoint.api import CheckpointException
 
-from flexidit.sharded_files import mark_complete
 from lightning_modules.checkpoint_choice import choose, run_folders
-from lightning_modules.checkpoint_files import abandon, begin, place, recover, writing
+from lightning_modules.checkpoint_files import recover
 from lightning_modules.checkpoint_io import BackgroundCheckpointIO
 from lightning_modules.one_reader import on_rank_zero
+from lightning_modules.sharded_saves import in_background, save_folder, start_folder, wait_for_writer, writes_folders
 
-_WRITER = "inline_container"
 _WRAPPED = ("save_checkpoint", "remove_checkpoint", "load_checkpoint", "on_train_end")
 
 
@@ -129,16 +127,26 @@ class SafeCheckpoints(Callback):
     ) -> None:
         strategy = trainer.strategy
         path, is_folder = on_rank_zero(strategy, lambda: (filepath, _takes_folder(strategy, filepath)))
+        if starts_only := is_folder and in_background(strategy):
+            self._note_earlier(trainer)
         self._num_tried += 1
         error: OSError | None = None
         try:
-            if is_folder:
+            if starts_only:
+                start_folder(strategy, checkpoint, Path(path))
+            elif is_folder:
                 save_folder(strategy, write, checkpoint, Path(path))
             else:
                 write(checkpoint, path, storage_options=storage_options)
         except OSError as raised:
             error = raised
         self._note(trainer, path, error)
+
+    def _note_earlier(self, trainer: Trainer) -> None:
+        """Wait for what all ranks write in the background; an error of it is noted now, success with the next save."""
+        error = wait_for_writer(trainer.strategy)
+        if trainer.strategy.broadcast(error is not None):
+            self._note(trainer, None, error)
 
     def _note(self, trainer: Trainer, path: str | Path | None, error: OSError | None) -> None:
         """Keep in mind how a save ended, the same on all ranks."""
@@ -179,13 +187,8 @@ class SafeCheckpoints(Callback):
 
     def _end(self, trainer: Trainer, end: Callable[[], None]) -> None:
         """Wait for what is still being written."""
-        error: OSError | None = None
         if isinstance(trainer.strategy.checkpoint_io, BackgroundCheckpointIO):
-            try:
-                _wait(trainer.strategy)
-            except OSError as raised:
-                error = raised
-            self._note(trainer, None, error)
+            self._note(trainer, None, wait_for_writer(trainer.strategy))
         end()
 
     def _forget(self, trainer: Trainer) -> None:
@@ -193,31 +196,6 @@ class SafeCheckpoints(Callback):
             for callback in _retaining(trainer):
                 forget(callback, self._missing)
             self._missing = set()
-
-
-def save_folder(strategy: Strategy, write: Callable[..., None], checkpoint: dict[str, Any], path: Path) -> None:
-    """Have all ranks write to a folder that gets its name when they are done.
-
-    Raises:
-        OSError: on every rank; what was there before is as it was.
-    """
-    temporary = on_rank_zero(strategy, lambda: _begin_folder(path, _writes_folders(strategy)))
-    error: OSError | None = None
-    try:
-        write(checkpoint, temporary)
-        _wait(strategy)
-    except CheckpointException as raised:
-        error = _first_failure(raised)
-    except OSError as raised:
-        error = raised
-    except RuntimeError as raised:  # of what rank 0 writes beside the shards, by torch's own writer
-        if _WRITER not in str(raised):
-            raise
-        error = OSError("its file cannot be written")
-    if error is not None and error.errno is not None:  # of a file in the temporary folder, which nobody knows
-        error = OSError(error.errno, error.strerror, str(path))
-    is_whole = strategy.reduce_boolean_decision(error is None, all=True)
-    on_rank_zero(strategy, lambda: _end_folder(path, error, is_whole))
 
 
 def forget(callback: ModelCheckpoint, missing: set[str]) -> None:
@@ -261,19 +239,9 @@ def _tracked(callback: ModelCheckpoint) -> set[str]:
     return {path for path in paths if path and _is_local(path)}
 
 
-def _writes_folders(strategy: Strategy) -> bool:
-    return bool(getattr(strategy, "_save_distributed_checkpoint", False))
-
-
 def _takes_folder(strategy: Strategy, path: str | Path) -> bool:
     """Whether a folder is written, or must go."""
-    return _is_local(path) and (_writes_folders(strategy) or Path(path).is_dir())
-
-
-def _wait(strategy: Strategy) -> None:
-    writer = strategy.checkpoint_io
-    if isinstance(writer, BackgroundCheckpointIO):
-        writer.wait()
+    return _is_local(path) and (writes_folders(strategy) or Path(path).is_dir())
 
 
 def _is_local(path: str | Path) -> bool:
@@ -282,31 +250,3 @@ def _is_local(path: str | Path) -> bool:
 
 def _exists(path: str) -> bool:
     return not _is_local(path) or Path(path).exists()
-
-
-def _begin_folder(path: Path, is_folder: bool) -> Path:
-    temporary = begin(path)
-    if is_folder:
-        temporary.mkdir()
-    return temporary
-
-
-def _end_folder(path: Path, error: OSError | None, is_whole: bool) -> None:
-    try:
-        if not is_whole:
-            raise error or OSError("another process could not write its part")
-        if writing(path).is_dir():
-            mark_complete(writing(path))
-        place(path)
-    except BaseException:
-        abandon(path)
-        raise
-
-
-def _first_failure(error: CheckpointException) -> OSError:
-    """Of any rank; torch's writer has its own words for a file that cannot be written."""
-    rank, (raised, _) = min(error.failures.items(), key=lambda item: item[0])
-    if isinstance(raised, OSError):
-        return raised
-    reason = str(raised).splitlines()[0]
-    return OSError(f"process {rank}: {'its file cannot be written' if _WRITER in reason else reason}")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+
+from lightning_modules.sharded_saves import in_background
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -60,6 +65,29 @@ class ShardedStrategy(ModelParallelStrategy):
         for axis in ("data_parallel", "tensor_parallel"):
             # The mesh's own groups would have torch's default: gathering would wait longer than was asked for.
             _set_timeout(self._timeout, self.device_mesh.get_group(axis))
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's shards for a checkpoint; on the device, if what writes in the background is to copy them.
+
+        Lightning would copy them first, to memory that is new each time and through which a GPU copies slowly.
+        """
+        if not in_background(self):
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        return get_model_state_dict(self.model)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The same for the state of an optimizer."""
+        if not in_background(self):
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        own = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return dict(get_optimizer_state_dict(self.model, own))
+
+    def teardown(self) -> None:
+        """Lightning's, and the end of what is still being written, which it forgets here."""
+        super().teardown()
+        self.checkpoint_io.teardown()
 
 
 def _set_timeout(timeout: timedelta, group: torch.distributed.ProcessGroup) -> None:

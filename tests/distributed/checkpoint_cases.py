@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from callbacks.ema import EMA
 from datamodules.digits import DigitsDataModule
-from lightning_modules import ClassConditional, checkpoint_io, safe_checkpoints
+from lightning_modules import ClassConditional, checkpoint_io, sharded_saves
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
 from lightning_modules.safe_checkpoints import SafeCheckpoints
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
@@ -59,6 +59,7 @@ def train(
 ) -> dict[str, Any]:
     """Some steps with a checkpoint after each; what went wrong, in words."""
     world_size, ckpt_path = int(os.environ["WORLD_SIZE"]), options.pop("ckpt_path", None)
+    writer, further = options.pop("writer", None) or StreamingCheckpointIO(), options.pop("callbacks", [])
     module = ClassConditional(
         TargetSettings(checkpoint=str(folder.parent / "target.safetensors")),
         FlexSettings([4]),
@@ -70,12 +71,13 @@ def train(
         devices=world_size,
         strategy=strategy,
         max_steps=steps,
-        plugins=[StreamingCheckpointIO()],
+        plugins=[writer],
         callbacks=[
             safe,
             record := Record(),
             EMA(0.8),
-            ModelCheckpoint(folder, "{step}", every_n_train_steps=1, **{"save_top_k": -1, **options}),
+            *further,
+            ModelCheckpoint(folder, "{step}", **{"every_n_train_steps": 1, "save_top_k": -1, **options}),
         ],
         use_distributed_sampler=False,
         logger=False,
@@ -95,6 +97,17 @@ def train(
     said = [str(warning.message) for warning in caught if "could not be saved" in str(warning.message)]
     found = {"error": error, "warnings": said, "step": trainer.global_step, "path": str(trainer.ckpt_path)}
     return {**found, "losses": record.losses, "weights": record.weights}
+
+
+def results_of(folder: Path, name: str, world_size: int = 2) -> list[dict[str, Any]]:
+    """What the processes of a run came to."""
+    paths = [folder / f"{name}_{rank}_of_{world_size}.pt" for rank in range(world_size)]
+    assert all(path.exists() for path in paths), (folder / "messages.txt").read_text()[-5000:]
+    return [torch.load(path, weights_only=True) for path in paths]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def sharded() -> ModelParallelStrategy:
@@ -160,16 +173,16 @@ def full_disk_of_one(folder: Path) -> dict[str, Any]:
 
 def killed(folder: Path) -> dict[str, Any]:
     """After all parts of the second checkpoint are written, and before it has its name."""
-    original = safe_checkpoints.mark_complete
+    original = sharded_saves.mark_complete
     saved: list[Path] = []
 
-    def mark(path: Path) -> None:
-        original(path)
-        saved.append(path)
+    def mark(folder: Path) -> None:
+        original(folder)
+        saved.append(folder)
         if len(saved) == 2:
             os.killpg(0, signal.SIGKILL)
 
-    safe_checkpoints.mark_complete = mark
+    sharded_saves.mark_complete = mark
     return train(folder, sharded(), save_top_k=0, save_last=True)
 
 
@@ -224,8 +237,8 @@ RUNS: list[tuple[Callable[[Path], dict[str, Any]], str, int]] = [
 ]
 
 
-def worker(folder: Path) -> None:
-    for run, name, world_size in RUNS:
+def worker(folder: Path, runs: Sequence[tuple[Callable[[Path], dict[str, Any]], str, int]]) -> None:
+    for run, name, world_size in runs:
         if run is newest:  # the newest one is damaged
             path = folder / name / "step=3.ckpt"
             path.write_bytes(path.read_bytes()[:-2000])
@@ -265,4 +278,4 @@ def work(run: Callable[[Path], dict[str, Any]], folder: Path, rank: int, world_s
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    worker(Path(sys.argv[1]), RUNS)

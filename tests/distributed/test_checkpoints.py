@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from flexidit import create_model, load_checkpoint
-from flexidit.checkpoint import save_checkpoint
+from flexidit import load_checkpoint
 from flexidit.cli import main
 from flexidit.sharded_files import check_sharded
 from flexidit.weight_files import load_pickle
 from lightning_modules.checkpoint_files import UNFINISHED, recover
-from tests.distributed.checkpoint_cases import STEPS, TINY
+from tests.distributed.checkpoint_cases import STEPS, names, results_of
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, randomised: Any) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    save_checkpoint(randomised(create_model("DiT-Tiny/2", **TINY)), folder / "target.safetensors")
-    root, alone = Path(__file__).resolve().parents[2], {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.distributed.checkpoint_cases", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=alone, cwd=root)
-    assert done.returncode == 0, done.stderr[-5000:]
-    (folder / "messages.txt").write_text(done.stderr)
-    return folder
-
-
-def results_of(folder: Path, name: str, world_size: int = 2) -> list[dict[str, Any]]:
-    paths = [folder / f"{name}_{rank}_of_{world_size}.pt" for rank in range(world_size)]
-    assert all(path.exists() for path in paths), (folder / "messages.txt").read_text()[-5000:]
-    return [torch.load(path, weights_only=True) for path in paths]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def folder(tmp_path_factory: pytest.TempPathFactory, run_cases: Callable[..., Path]) -> Path:
+    return run_cases("checkpoint_cases", tmp_path_factory.mktemp("checkpoints"))
 
 
 def test_a_full_disk_of_rank_0_is_a_warning_and_all_ranks_go_on(folder: Path) -> None:

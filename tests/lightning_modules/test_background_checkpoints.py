@@ -14,7 +14,8 @@ import torch
 
 from flexidit.weight_files import load_pickle
 from lightning_modules import checkpoint_io
-from lightning_modules.checkpoint_io import BackgroundCheckpointIO, Snapshots, StreamingCheckpointIO
+from lightning_modules.checkpoint_io import BackgroundCheckpointIO, StreamingCheckpointIO
+from lightning_modules.snapshots import Snapshots
 
 
 def state(value: float) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +21,7 @@ from flexidit.weight_files import load_pickle
 from lightning_modules import checkpoint_io
 from lightning_modules.checkpoint_files import begin
 from lightning_modules.checkpoint_io import BackgroundCheckpointIO, StreamingCheckpointIO
-from lightning_modules.safe_checkpoints import SafeCheckpoints, forget, save_folder
+from lightning_modules.safe_checkpoints import SafeCheckpoints, forget
 
 STEPS = 6
 
@@ -212,28 +211,6 @@ def test_what_is_forgotten_is_no_longer_tracked() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_disk_that_is_full_beside_the_shards_is_an_error_with_a_reason(tmp_path: Path) -> None:
-    """Lightning writes the rest of a sharded checkpoint with torch.save alone, whose error is a RuntimeError."""
-
-    def write(checkpoint: dict[str, Any], folder: Any) -> None:
-        (folder / "meta.pt").symlink_to("/dev/full")
-        torch.save(checkpoint, folder / "meta.pt")
-
-    alone: Any = SimpleNamespace(
-        is_global_zero=True,
-        checkpoint_io=None,
-        _save_distributed_checkpoint=True,
-        broadcast=lambda value: value,
-        reduce_boolean_decision=lambda value, all: value,
-    )
-    path = tmp_path / "last.ckpt"
-    path.mkdir()
-    (path / "shard").write_text("of the save before")
-    with pytest.raises(OSError, match="its file cannot be written"):
-        save_folder(alone, write, {"weight": torch.zeros(10**6)}, path)
-    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["shard"]
-
-
 def test_it_knows_that_not_one_save_has_succeeded(tmp_path: Path, full_at: Callable[[set[str]], None]) -> None:
     safe = SafeCheckpoints()
     assert not safe.saves_nothing
