@@ -185,6 +185,7 @@ def measure(args: argparse.Namespace, ways: Sequence[str], folder: Path) -> dict
             if os.environ.get("RANK", "0") == "0":
                 delete(path)
             rows[way].append(save_once(training, writers[way], path, idle))
+            print(f"{way}: {', '.join(f'{seconds:.2f}' for seconds in rows[way][-1])} s", file=sys.stderr)
     checked = perf_counter()
     (check_sharded if is_sharded else check_records)(path)
     return {

@@ -67,15 +67,15 @@ def fit(folder: Path, **options: Any) -> dict[str, Any]:
     return train(folder, strategy, **{"writer": BackgroundCheckpointIO(), **options})
 
 
-def at_once(folder: Path) -> dict[str, Any]:
-    return fit(folder, writer=StreamingCheckpointIO())
+def at_once(folder: Path, accelerator: str = "cpu") -> dict[str, Any]:
+    return fit(folder, writer=StreamingCheckpointIO(), accelerator=accelerator)
 
 
-def overtaken(folder: Path) -> dict[str, Any]:
+def overtaken(folder: Path, accelerator: str = "cpu") -> dict[str, Any]:
     """Shards are written when the weights are those of the next step."""
     progress = Progress()
     before_shards(lambda path: progress.wait_until(min(step_of(path) + 1, STEPS)))
-    return fit(folder, callbacks=[progress])
+    return fit(folder, callbacks=[progress], accelerator=accelerator)
 
 
 def copied(folder: Path) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def train(
     """Some steps with a checkpoint after each; what went wrong, in words."""
     world_size, ckpt_path = int(os.environ["WORLD_SIZE"]), options.pop("ckpt_path", None)
     writer, further = options.pop("writer", None) or StreamingCheckpointIO(), options.pop("callbacks", [])
+    accelerator = options.pop("accelerator", "cpu")
     module = ClassConditional(
         TargetSettings(checkpoint=str(folder.parent / "target.safetensors")),
         FlexSettings([4]),
@@ -67,7 +68,8 @@ def train(
     )
     safe = safe or SafeCheckpoints()
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        deterministic=True,
         devices=world_size,
         strategy=strategy,
         max_steps=steps,

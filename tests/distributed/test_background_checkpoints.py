@@ -41,10 +41,22 @@ def assert_same(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_a_folder_is_that_of_a_save_at_once_though_training_goes_on(folder: Path, step: int) -> None:
-    paths = [folder / run / f"step={step}.ckpt" for run in ("at_once", "overtaken")]
-    at_once, overtaken = ({**read_sharded(path, with_optimizers=True)} for path in paths)
-    check_sharded(paths[1])
-    assert names(paths[0]) == names(paths[1])
+    assert_folders_are_the_same(*(folder / run / f"step={step}.ckpt" for run in ("at_once", "overtaken")), step)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_well(tmp_path: Path, run_cases: Callable[..., Path]) -> None:
+    run_cases("cuda_cases", tmp_path)
+    [result] = results_of(tmp_path, "overtaken", 1)
+    assert (result["error"], result["step"]) == ("", STEPS)
+    for step in range(1, STEPS + 1):
+        assert_folders_are_the_same(*(tmp_path / run / f"step={step}.ckpt" for run in ("at_once", "overtaken")), step)
+
+
+def assert_folders_are_the_same(one: Path, other: Path, step: int) -> None:
+    at_once, overtaken = ({**read_sharded(path, with_optimizers=True)} for path in (one, other))
+    check_sharded(other)
+    assert names(one) == names(other)
     for written in (at_once, overtaken):
         saver = next(name for name in written["callbacks"] if name.startswith("ModelCheckpoint"))
         del written["callbacks"][saver]  # it names the run's folder
