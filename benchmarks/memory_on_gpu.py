@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,22 +76,23 @@ def measure(path: Path, num_gpus: int, accelerator: str, num_steps: int, compile
     recipe = yaml.safe_load(path.read_text())
     batches = Batches(_config_of(recipe), recipe["data"]["init_args"]["batch_size"])
     height = Height()
-    trainer = pl.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        num_nodes=num_gpus,
-        strategy=_sharded(num_gpus) if num_gpus > 1 else "auto",
-        precision=recipe["trainer"]["precision"],
-        gradient_clip_val=recipe["trainer"].get("gradient_clip_val"),
-        max_steps=num_steps,
-        callbacks=[EMA(), height],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    with _uninitialised():
+    with tempfile.TemporaryDirectory() as folder, _uninitialised():
+        trainer = pl.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            num_nodes=num_gpus,
+            strategy=_sharded(num_gpus) if num_gpus > 1 else "auto",
+            precision=recipe["trainer"]["precision"],
+            gradient_clip_val=recipe["trainer"].get("gradient_clip_val"),
+            max_steps=num_steps,
+            callbacks=[EMA(), height],
+            default_root_dir=folder,  # for what the guard says of such weights
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
         trainer.fit(_module_of(recipe, compiled), DataLoader(batches, batch_size=None))
     return {"allocated": height.allocated, "reserved": height.reserved}
 
