@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter, time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ class Training:
         torch.manual_seed(0)
         self.device = torch.device(args.device)
         self.model: Any = create_model(args.model, **({} if args.depth is None else {"depth": args.depth}))
-        self.place()
         self.average = EMA()
+        self.place()
         self.average.update(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.x = torch.randn(args.batch_size, self.model.in_channels, *self.model.input_size, device=self.device)
@@ -133,6 +134,8 @@ class ShardedTraining(Training):
         )
         shard(self.model, mesh)
         self.strategy.model = self.model
+        trainer: Any = SimpleNamespace(strategy=self.strategy)
+        self.average.setup(trainer, self.model, "fit")
 
     def checkpoint(self, writer: TorchCheckpointIO) -> dict[str, Any]:
         """What Lightning puts together with such a strategy."""

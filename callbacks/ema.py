@@ -29,8 +29,9 @@ class EMA(Callback):
     callbacks that sample at other moments wrap the work in :meth:`swapped`.
 
     The average is float32 whatever the weights are: at decay 0.9999 an update moves it by 1e-4 of the difference,
-    which bfloat16 rounds to nothing. Under FSDP2 each rank averages its own shards; only saving gathers them, so a
-    checkpoint holds full tensors and may be resumed on another number of ranks. It lies in
+    which bfloat16 rounds to nothing. Under FSDP2 each rank averages its own shards. A checkpoint that is one file holds
+    full tensors, which only saving gathers; one that is a folder holds the shards, if the strategy ``saves_shards``.
+    Both may be resumed on another number of ranks. The average lies in
     ``checkpoint["callbacks"]["EMA"]["average"]``, names as in ``pl_module.named_parameters()``, tensors and plain
     Python only (``weights_only=True`` loads it). A checkpoint saved with ``save_weights_only=True`` has no average.
 
@@ -55,8 +56,9 @@ class EMA(Callback):
         self.warmup = warmup
         self.num_updates = 0
         self._last_step = 0
+        self._saves_shards = False
         self._average: dict[str, Tensor] | None = None  # DTensor where the parameter is one
-        self._restored: dict[str, Tensor] | None = None  # full tensors of a checkpoint, until the parameters are placed
+        self._restored: dict[str, Tensor] | None = None  # of a checkpoint, until the parameters are placed
         self._raw: dict[str, Tensor] | None = None  # local raw weights while the average is swapped in
 
     @property
@@ -111,10 +113,12 @@ class EMA(Callback):
         """Full float32 averages and two counters.
 
         Every rank must call it, as Lightning does: sharded averages are gathered, and rank 0, which writes the file,
-        is the only one to keep them.
+        is the only one to keep them. Where each rank writes its shards, the averages are those of training.
         """
         if self._average is None:
-            return {} if self._restored is None else self._state(self._restored)
+            return {} if self._restored is None else self._state(dict(self._restored))
+        if self._saves_shards:
+            return self._state(dict(self._average))
         return self._state({name: _full(value) for name, value in self._average.items()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -127,6 +131,7 @@ class EMA(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """A new fit starts a new average (a checkpoint is loaded after this hook)."""
+        self._saves_shards = getattr(trainer.strategy, "saves_shards", False)
         if stage == "fit":
             self._average, self._restored, self._raw = None, None, None
             self.num_updates, self._last_step = 0, 0
@@ -189,7 +194,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _place(self, module: nn.Module) -> bool:
-        """Turn restored full tensors into averages placed like the parameters; False if there is no average at all."""
+        """Turn restored tensors into averages placed like the parameters; False if there is no average at all."""
         if self._restored is not None:
             parameters = trainable_parameters(module)
             _check_names(self._restored, parameters)
@@ -278,6 +283,8 @@ def _placed_like(full: Tensor, parameter: Tensor) -> Tensor:
     if full.shape != parameter.shape:
         raise ValueError(f"the saved EMA has a tensor of shape {tuple(full.shape)} for a parameter of shape "
                          f"{tuple(parameter.shape)}; load a checkpoint of this model")  # fmt: skip
+    if isinstance(full, DTensor):  # each rank has read its shards
+        return full.redistribute(placements=parameter.placements).to(torch.float32)  # type: ignore[attr-defined]
     value = full.to(parameter.device, torch.float32, copy=True)
     if isinstance(parameter, DTensor):
         # Every rank has read the same file: no rank needs to send its copy to the others.

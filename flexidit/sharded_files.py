@@ -12,7 +12,7 @@ import hashlib
 import io
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from flexidit.weight_files import load_pickle, read_json, save_json
 from flexidit.zip_records import bytes_of, in_threads, problem_of
 
 METADATA, EXTRA, COMPLETE = ".metadata", "meta.pt", "complete.json"
-_WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer_"
+REST = "rest"
+"""Of sharded tensors that are neither weights nor an optimizer's, such as averages; inside, they lie as in the file."""
+_WEIGHTS, _OPTIMIZER, _REST = "state_dict.", "optimizer_", f"{REST}."
 
 _ALLOWED = {
     "torch": {"Size", "strided"},
@@ -87,6 +89,7 @@ def read_sharded(folder: Path, with_optimizers: bool = False) -> dict[str, Any]:
     metadata = _read_metadata(folder)
     weights = _read(folder, metadata, _WEIGHTS)
     whole = {**load_pickle(folder / EXTRA), "state_dict": {n.removeprefix(_WEIGHTS): v for n, v in weights.items()}}
+    put_into(whole, _nested(_read(folder, metadata, _REST), metadata).get(REST, {}))
     if with_optimizers:
         whole["optimizer_states"] = _optimizer_states(_read(folder, metadata, _OPTIMIZER), metadata)
     return whole
@@ -97,9 +100,30 @@ def describe_sharded(folder: Path) -> dict[str, Any]:
     metadata = _read_metadata(folder)
     weights = {name: torch.empty(entry.size, device="meta") for name, entry in _weights(metadata)}
     described = {**load_pickle(folder / EXTRA), "state_dict": weights}
+    put_into(described, describe_rest(folder))
     if any(name.startswith(_OPTIMIZER) for name in metadata.state_dict_metadata):
         described["optimizer_states"] = []
     return described
+
+
+def describe_rest(folder: Path) -> dict[str, Any]:
+    """The sharded tensors beside weights and optimizers, where they lie in a checkpoint; with shapes and no data."""
+    metadata = _read_metadata(folder)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith(_REST) and isinstance(entry, TensorStorageMetadata)
+    }
+    return dict(_nested(tensors, metadata).get(REST, {}))
+
+
+def put_into(whole: dict[str, Any], rest: Mapping[str, Any]) -> None:
+    """Values of nested dictionaries go where they belong among others."""
+    for key, value in rest.items():
+        if isinstance(value, dict) and isinstance(whole.get(key), dict):
+            put_into(whole[key], value)
+        else:
+            whole[key] = value
 
 
 def _check_listed(folder: Path) -> None:
@@ -188,6 +212,12 @@ def _read(folder: Path, metadata: Metadata, prefix: str) -> dict[str, Any]:
 
 def _optimizer_states(values: dict[str, Any], metadata: Metadata) -> list[dict[str, Any]]:
     """As optimizers have it: parameters by number, in the order of their groups."""
+    nested = _nested(values, metadata)
+    return [_numbered(nested[name]) for name in sorted(nested, key=lambda name: int(name.rpartition("_")[2]))]
+
+
+def _nested(values: Mapping[str, Any], metadata: Metadata) -> dict[Any, Any]:
+    """The containers that torch made one of; lists become dictionaries."""
     nested: dict[Any, Any] = {}
     for name, path in metadata.planner_data.items():
         if name in values:
@@ -196,7 +226,7 @@ def _optimizer_states(values: dict[str, Any], metadata: Metadata) -> list[dict[s
             for key in above:
                 place = place.setdefault(key, {})
             place[last] = values[name]
-    return [_numbered(nested[name]) for name in sorted(nested, key=lambda name: int(name.rpartition("_")[2]))]
+    return nested
 
 
 def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ and wait for no device. An error of one of them is told to all by the end of the
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
-from torch.distributed.checkpoint import FileSystemWriter, async_save
+from torch.distributed.checkpoint import FileSystemWriter, async_save, load, save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, zeros
 
-from flexidit.sharded_files import EXTRA, mark_complete
+from flexidit.sharded_files import EXTRA, REST, describe_rest, mark_complete
 from lightning_modules.checkpoint_files import abandon, begin, place, writing
 from lightning_modules.checkpoint_io import BackgroundCheckpointIO, write_file
 from lightning_modules.one_reader import on_rank_zero
@@ -83,13 +85,39 @@ def start_folder(strategy: Strategy, checkpoint: dict[str, Any], path: Path) -> 
     assert isinstance(writer, BackgroundCheckpointIO)
     with _as_of(path):
         temporary = on_rank_zero(strategy, lambda: _begin_folder(path, is_folder=True))
-    shards = {"state_dict": checkpoint.pop("state_dict")}  # named as Lightning does it
-    shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+    shards = take_shards(checkpoint)
     shards, rest = writer.copy((shards, checkpoint if strategy.is_global_zero else None))
     if writer.group is None:
         writer.group = torch.distributed.new_group(backend="gloo", timeout=getattr(strategy, "_timeout", None))
     upload = async_save(shards, storage_writer=_CopiedShards(temporary), process_group=writer.group)
     writer.submit(path, partial(_finish_folder, upload, rest, path))  # type: ignore[arg-type]
+
+
+def write_shards(checkpoint: dict[str, Any], folder: Path, is_first: bool) -> None:
+    """Have all ranks write to a folder at once; the first one writes what is not sharded."""
+    save(take_shards(checkpoint), checkpoint_id=folder)
+    if is_first:
+        write_file(checkpoint, folder / EXTRA)
+
+
+def read_rest(folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
+    """The sharded tensors beside weights and optimizers, where they lie in a checkpoint, sharded as FSDP2 does it.
+
+    No rank reads more than its part.
+    """
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    rest = _sharded_like(describe_rest(folder), mesh, placements)
+    if rest:
+        load({REST: rest}, checkpoint_id=folder)
+    return rest
+
+
+def take_shards(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What ranks write parts of is taken out of a checkpoint; weights and optimizers are named as Lightning does it."""
+    shards = {"state_dict": checkpoint.pop("state_dict")}
+    shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+    rest = _take_sharded(checkpoint)
+    return {**shards, REST: rest} if rest else shards
 
 
 class _CopiedShards(FileSystemWriter):
@@ -118,6 +146,26 @@ def _finish_folder(upload: Future[Any], rest: dict[str, Any] | None, path: Path)
             if rest is not None:
                 abandon(path)
             raise (_first_failure(error) if isinstance(error, CheckpointException) else error) from None
+
+
+def _take_sharded(values: dict[str, Any]) -> dict[str, Any]:
+    """The sharded tensors of nested dictionaries, which have them no more."""
+    taken: dict[str, Any] = {}
+    for key, value in [*values.items()]:
+        if isinstance(value, DTensor):
+            taken[key] = values.pop(key)
+        elif isinstance(value, dict) and (inner := _take_sharded(value)):
+            taken[key] = inner
+    return taken
+
+
+def _sharded_like(described: dict[str, Any], mesh: DeviceMesh, placements: Sequence[Placement]) -> dict[str, Any]:
+    return {
+        name: _sharded_like(value, mesh, placements)
+        if isinstance(value, dict)
+        else zeros(value.shape, dtype=value.dtype, device_mesh=mesh, placements=placements)
+        for name, value in described.items()
+    }
 
 
 @contextmanager

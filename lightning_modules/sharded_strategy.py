@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from lightning_modules.sharded_saves import in_background
+from flexidit.sharded_files import is_sharded, put_into
+from lightning_modules.sharded_saves import in_background, read_rest, write_shards
+from lightning_modules.sharding import sharding_mesh
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -65,6 +68,26 @@ class ShardedStrategy(ModelParallelStrategy):
         for axis in ("data_parallel", "tensor_parallel"):
             # The mesh's own groups would have torch's default: gathering would wait longer than was asked for.
             _set_timeout(self._timeout, self.device_mesh.get_group(axis))
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether callbacks may leave sharded tensors in a checkpoint: each rank writes, and reads, its part."""
+        return self._save_distributed_checkpoint
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Lightning's, which would write sharded tensors of callbacks where other ranks' parts are missing."""
+        if not self.saves_shards or storage_options is not None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        else:
+            write_shards(checkpoint, Path(self.broadcast(filepath)), self.is_global_zero)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Lightning's, and the sharded tensors of callbacks."""
+        path = Path(self.broadcast(checkpoint_path))
+        loaded = super().load_checkpoint(path, weights_only)
+        if is_sharded(path):
+            put_into(loaded, read_rest(path, sharding_mesh(self.device_mesh)))
+        return loaded
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's shards for a checkpoint; on the device, if what writes in the background is to copy them.

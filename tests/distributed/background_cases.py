@@ -83,6 +83,10 @@ def copied(folder: Path) -> dict[str, Any]:
     return fit(folder, shard_over=2)
 
 
+def copied_on(folder: Path) -> dict[str, Any]:
+    return fit(folder.parent / "copied_on", shard_over=2, ckpt_path=folder / "step=2.ckpt")
+
+
 def failing(folder: Path) -> dict[str, Any]:
     """Step 2: the disk of rank 1; 3: of rank 0, for what is not sharded; 4: rank 0 cannot even begin."""
     rank, begin, delete = os.environ["RANK"], sharded_saves.begin, checkpoint_io.delete
@@ -184,6 +188,7 @@ RUNS = [
     (at_once, "at_once", 2),
     (overtaken, "overtaken", 2),
     (copied, "copied", 4),
+    (copied_on, "copied", 4),
     (failing, "failing", 2),
     (hopeless, "hopeless", 2),
     (killed_in_shards, "killed", 2),

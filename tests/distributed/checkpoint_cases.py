@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
@@ -32,6 +32,7 @@ from lightning_modules import ClassConditional, checkpoint_io, sharded_saves
 from lightning_modules.checkpoint_io import StreamingCheckpointIO
 from lightning_modules.safe_checkpoints import SafeCheckpoints
 from lightning_modules.settings import FlexSettings, OptimizerSettings, TargetSettings
+from lightning_modules.sharded_strategy import ShardedStrategy
 from tests.distributed.processes import free_port
 
 TINY = {"input_size": 8, "in_channels": 1, "num_classes": 10, "depth": 2, "hidden_size": 32, "num_heads": 2}
@@ -112,8 +113,8 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def sharded() -> ModelParallelStrategy:
-    return ModelParallelStrategy(int(os.environ["WORLD_SIZE"]), 1, save_distributed_checkpoint=True)
+def sharded() -> ShardedStrategy:
+    return ShardedStrategy(save_distributed_checkpoint=True)
 
 
 def fail_at(steps: set[int]) -> None:

@@ -77,7 +77,18 @@ def test_shards_that_two_processes_have_are_written_once(folder: Path) -> None:
     check_sharded(path)
     assert_same(read_sharded(path)["state_dict"], trained)
     size = sum(tensor.nbytes for tensor in trained.values())
-    assert sum(file.stat().st_size for file in path.glob("*.distcp")) < 2 * 3 * size  # with two moments, and headers
+    assert sum(file.stat().st_size for file in path.glob("*.distcp")) < 2 * 4 * size  # average, two moments, headers
+
+
+def test_what_goes_on_from_shards_is_the_same_run(folder: Path) -> None:
+    last = f"step={STEPS}.ckpt"
+    for whole, resumed in ((folder / "at_once" / last, folder / "killed" / "last.ckpt"),
+                           (folder / "copied" / last, folder / "copied_on" / last)):  # fmt: skip
+        one, other = (read_sharded(path, with_optimizers=True) for path in (whole, resumed))
+        assert_same(one["state_dict"], other["state_dict"])
+        assert_same(one["optimizer_states"], other["optimizer_states"])
+        assert one["callbacks"]["EMA"]["average"]
+        assert_same(one["callbacks"]["EMA"], other["callbacks"]["EMA"])
 
 
 def test_whatever_one_process_cannot_write_is_a_warning_and_nothing_is_removed_before_a_save_succeeds(

@@ -11,7 +11,7 @@ import torch
 
 from flexidit import load_checkpoint
 from flexidit.cli import main
-from flexidit.sharded_files import check_sharded
+from flexidit.sharded_files import check_sharded, describe_sharded, read_sharded
 from flexidit.weight_files import load_pickle
 from lightning_modules.checkpoint_files import UNFINISHED, recover
 from tests.distributed.checkpoint_cases import STEPS, names, results_of
@@ -61,11 +61,14 @@ def test_a_sharded_checkpoint_is_a_whole_folder_and_its_model_can_be_had(folder:
     raw = load_checkpoint(last, prefer_ema=False).state_dict()
     for name, value in raw.items():
         assert torch.equal(value, trained[f"model.{name}"])
-    average = load_pickle(last / "meta.pt")["callbacks"]["EMA"]["average"]
+    assert load_pickle(last / "meta.pt")["callbacks"]["EMA"]["average"] == {}  # no process has all of it
+    average = read_sharded(last)["callbacks"]["EMA"]["average"]
     for name, value in load_checkpoint(last).named_parameters():
         expected = average.get(f"model.{name}", raw[name])
         assert torch.equal(value, expected)
     assert not torch.equal(average["model.blocks.0.attn.qkv.weight"], raw["blocks.0.attn.qkv.weight"])
+    described = describe_sharded(last)["callbacks"]["EMA"]["average"]
+    assert {name: value.shape for name, value in described.items()} == {name: v.shape for name, v in average.items()}
 
 
 def test_a_sharded_checkpoint_becomes_one_file(folder: Path, tmp_path: Path) -> None:
