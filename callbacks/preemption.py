@@ -162,6 +162,7 @@ class Preemption(Callback):
         if trainer.global_step > self._first_step:  # else the run that it continues has saved
             save_last(trainer)
             _finish_writing(trainer)
+            self._highest(0)  # none leaves before: launchers end the others then, and one may still be writing
 
 
 class _NotedSignals:

@@ -22,18 +22,24 @@ from lightning_modules.checkpoint_io import BackgroundCheckpointIO
 from lightning_modules.sharded_saves import save_folder, start_folder
 from lightning_modules.snapshots import Snapshots
 
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[None]:
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
-def weight(group: None) -> DTensor:
-    return distribute_tensor(torch.arange(12.0).view(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
+def weight(group: None, request: pytest.FixtureRequest) -> DTensor:
+    device = request.node.callspec.params["device"] if hasattr(request.node, "callspec") else "cpu"
+    mesh = init_device_mesh(device, (1,))
+    return distribute_tensor(torch.arange(12.0, device=device).view(4, 3), mesh, [Shard(0)], src_data_rank=None)
 
 
 @pytest.fixture
@@ -73,23 +79,27 @@ def disk_full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_snapshot_of_a_sharded_tensor_is_its_part(weight: DTensor) -> None:
+@DEVICES
+def test_a_snapshot_of_a_sharded_tensor_is_its_part_on_the_host(weight: DTensor, device: str) -> None:
     snapshots = Snapshots()
     first = snapshots.take({"weight": weight, "tied": weight})
     assert first["weight"] is first["tied"]
     assert isinstance(first["weight"], DTensor)
     assert first["weight"].placements == weight.placements
     assert first["weight"].device_mesh == weight.device_mesh
-    before = weight.full_tensor().clone()
+    part, before = first["weight"].to_local(), torch.arange(12.0).view(4, 3)
+    assert part.device.type == "cpu"
+    assert part.is_pinned() is (device == "cuda")
     weight.to_local().add_(1)
-    assert torch.equal(first["weight"].full_tensor(), before)
-    second = snapshots.take({"weight": weight, "tied": weight})
-    assert second["weight"].to_local().data_ptr() == first["weight"].to_local().data_ptr()
-    assert torch.equal(second["weight"].full_tensor(), before + 1)
+    assert torch.equal(part, before)
+    second = snapshots.take({"weight": weight, "tied": weight})["weight"].to_local()
+    assert second.data_ptr() == part.data_ptr()
+    assert torch.equal(second, before + 1)
 
 
+@DEVICES
 def test_training_may_change_all_that_was_copied(
-    weight: DTensor, tmp_path: Path, before_shards: Callable[[Callable[[], None]], None]
+    weight: DTensor, device: str, tmp_path: Path, before_shards: Callable[[Callable[[], None]], None]
 ) -> None:
     before_shards(lambda: time.sleep(0.2))
     writer, path, trained = BackgroundCheckpointIO(), tmp_path / "last.ckpt", checkpoint(weight)
