@@ -65,6 +65,20 @@ CONFIG: dict[str, Any] = {
     },
 }  # fmt: skip
 
+SAMPLING: list[dict[str, Any]] = [
+    {
+        "class_path": "callbacks.sample_grid.SampleGrid",
+        "init_args": {"every_n_steps": 4, "every_n_epochs": None, "num_columns": 2, "num_sampling_steps": 3},
+    },
+    {
+        "class_path": "callbacks.fid_flops.FIDFlops",
+        "init_args": {
+            "features": {"class_path": "flexidit.metrics.digit_classifier.DigitClassifier"},
+            "budgets": [1.0, 0.64], "num_samples": 13, "batch_size": 4, "num_sampling_steps": 3,
+        },
+    },
+]  # fmt: skip
+
 
 class Server:
     """Starts commands in the process that has imported everything already (``server.py``)."""
@@ -147,9 +161,11 @@ def server() -> Iterator[Server]:
 def write_config() -> Callable[..., Path]:
     """Write ``run.yaml`` of a small fine-tuning into a folder; keyword arguments go to the trainer."""
 
-    def write(folder: Path, **trainer: Any) -> Path:
+    def write(folder: Path, samples: bool = False, **trainer: Any) -> Path:
         config = copy.deepcopy(CONFIG)
         config["trainer"] |= trainer
+        if samples:
+            config["trainer"]["callbacks"][1:1] = SAMPLING
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
         return folder / "run.yaml"
