@@ -290,7 +290,7 @@ def save_last(trainer: Trainer) -> None:
     # Through the callback: it must know the file as its own, or it would write the next one beside it.
     metrics = saver._monitor_candidates(trainer)
     if saver.save_last == "link" and saver.save_top_k != 0:
-        saver._save_checkpoint(trainer, saver.format_checkpoint_name(metrics, "preempted-{step}"))
+        saver._save_checkpoint(trainer, saver.format_checkpoint_name(metrics, "preempted"))  # one, however often
     saver._save_last_checkpoint(trainer, metrics)
 
 
