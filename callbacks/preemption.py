@@ -107,6 +107,12 @@ class Preemption(Callback):
             timeout = getattr(trainer.strategy, "_timeout", None)
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        vars(trainer.fit_loop).pop("run", None)
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+            self._group = None
+
     def is_continued_here(self, trainer: Trainer) -> bool:
         """Whether the weights are still those of the checkpoint that this run continues from."""
         return trainer.global_step == self._first_step > 0
