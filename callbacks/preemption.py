@@ -127,11 +127,13 @@ class Preemption(Callback):
         Raises:
             BrokenOffError: on all ranks at the same call, and at each that follows.
         """
-        if not self._leaving and (pace.is_due() or self._group is None):
+        if not self._leaving and self._group is None:
+            self._leaving = self._noted.signum
+        elif not self._leaving and pace.is_due():
             self._leaving, milliseconds = self._highest(self._noted.signum, pace.elapsed())
             pace.adapt(milliseconds)
-            self.breaks_picture_off |= self._leaving > 0 and not trainer.validating
         if self._leaving:
+            self.breaks_picture_off |= not trainer.validating
             raise BrokenOffError
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from callbacks.breaking_off import Pace
+from callbacks.breaking_off import BrokenOffError, Pace
 from callbacks.ema import EMA
 from callbacks.fid_flops import FIDFlops
 from callbacks.preemption import PREEMPTED, Preemption
@@ -207,6 +208,16 @@ def logged(folder: Path, name: str) -> list[tuple[int, float]]:
             if cells.get(name):
                 found[int(cells["step"]), float(cells[name])] = None
     return list(found)
+
+
+def test_a_signal_is_heeded_after_any_number_of_calls() -> None:
+    preemption, pace, trainer = Preemption(), Pace(), SimpleNamespace(validating=False)
+    for _ in range(5000):
+        preemption.heed(trainer, pace)  # type: ignore[arg-type]
+    preemption._noted.note(signal.SIGTERM)
+    for _ in range(2):
+        with pytest.raises(BrokenOffError):
+            preemption.heed(trainer, pace)  # type: ignore[arg-type]
 
 
 def test_ranks_ask_about_once_a_second_however_long_calls_take(monkeypatch: pytest.MonkeyPatch) -> None:
