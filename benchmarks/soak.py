@@ -42,7 +42,7 @@ class Row:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    context = fork_server("tests.distributed.resume_cases")
+    context = fork_server()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         rows = list(soak(context, Path(args.folder or folder), args.kills, args.seed, args.steps))
     if args.json:

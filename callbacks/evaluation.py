@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
+from callbacks.breaking_off import Pace
 from callbacks.ema import EMA
+from callbacks.preemption import Preemption
 
 
 def model_of(pl_module: LightningModule) -> Any:
@@ -34,12 +37,37 @@ def sampling(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """A block that samples with the EMA weights, if there are any, and leaves the global random state as it found it.
 
     Training must go on as if nobody had looked: a run that is resumed did not sample again.
+
+    In a fit a signal breaks it off, at its beginning or before a call of the model: all ranks must make as many.
+
+    Raises:
+        BrokenOffError: on all ranks at the same place.
     """
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     average = next((callback for callback in callbacks if isinstance(callback, EMA)), EMA())
     devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    with average.swapped(pl_module), torch.random.fork_rng(devices), torch.no_grad():
+    with (
+        _heeding_signals(trainer, model_of(pl_module)),
+        average.swapped(pl_module),
+        torch.random.fork_rng(devices),
+        torch.no_grad(),
+    ):
         yield
+
+
+@contextmanager
+def _heeding_signals(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    preemption = Preemption.of(trainer)
+    if preemption is None:
+        yield
+        return
+    preemption.heed(trainer, pace := Pace())
+    # Before what sharding does in a call, which would not be undone.
+    hook = model.register_forward_pre_hook(lambda *_: preemption.heed(trainer, pace), prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def autocast_dtype(trainer: Trainer) -> torch.dtype | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from callbacks.breaking_off import BrokenOffError
 from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
+from callbacks.preemption import Preemption
 from callbacks.schedules import mode_of, schedules_of
 from flexidit.metrics.curve import Evaluation, Reference, SamplingSettings, reference_of
 from flexidit.metrics.curve_candidates import MIXTURE, Candidate
@@ -24,6 +27,7 @@ from flexidit.metrics.prompts import ClassLabels, Prompts, read_prompts
 from flexidit.plots import curve_figure
 
 _SPLITS = ("train", "val")
+_CSV = "fid_flops.csv"
 _LOGGED = {
     "val/fid": "frechet",
     "val/fid_frames": "frechet_frames",
@@ -140,19 +144,38 @@ class FIDFlops(Callback):
             self._num_validations += 1
             if self.every_n_validations is None or self._num_validations % self.every_n_validations:
                 return
+        try:
+            metrics = scalars(self.measure(trainer, pl_module))
+        except BrokenOffError:
+            self._num_validations -= 1  # the run that continues repeats it
+            return
         # Logged through the module, so that a ModelCheckpoint can monitor "val/fid@0.46".
-        pl_module.log_dict(scalars(self.measure(trainer, pl_module)), sync_dist=True)
+        pl_module.log_dict(metrics, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self._measured_at:
             return
-        metrics = scalars(self.measure(trainer, pl_module))
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        with suppress(BrokenOffError):
+            metrics = scalars(self.measure(trainer, pl_module))
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what is lacking at the end of the fit."""
+        known = {(point.series, point.budget) for point in self._measured_before(trainer)}
+        if not {(each.series, each.budget) for each in self._schedules(model_of(pl_module))} <= known:
+            self.on_train_end(trainer, pl_module)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> list[CurvePoint]:
-        """Sample, compare, write figure and csv. Every rank must call it; all get the same points."""
+        """Sample, compare, write figure and csv. Every rank must call it; all get the same points.
+
+        Each point is in the csv as soon as it is known. The run that continues one which a signal has broken off takes
+        it from there.
+
+        Raises:
+            BrokenOffError: by a signal, on all ranks.
+        """
         model = model_of(pl_module)
         for features in (self.features, self.frame_features):
             if isinstance(features, nn.Module):
@@ -172,9 +195,13 @@ class FIDFlops(Callback):
                 frame_features=self.frame_features,
                 frame_reference=self._frame_reference(trainer, pl_module),
             )
-            points = list(evaluation.curve(self._schedules(model)))
+            points: list[CurvePoint] = []
+            for point in evaluation.curve(self._schedules(model), self._measured_before(trainer)):
+                points.append(point)
+                self._write(trainer, points)
         self._measured_at = trainer.global_step
-        self._write(trainer, points)
+        for board in tensorboards(trainer):
+            board.add_figure("val/fid_flops", curve_figure(points, points[0].model), trainer.global_step)
         return points
 
     def _schedules(self, model: Any) -> list[Candidate]:
@@ -186,15 +213,20 @@ class FIDFlops(Callback):
             self._conditions = conditions_of(trainer, model, self.sampling_arguments["num_samples"], texts)
         return self._conditions
 
+    def _measured_before(self, trainer: Trainer) -> list[CurvePoint]:
+        """Points of these very weights, where they are those of the checkpoint that the fit continues from."""
+        preemption, path = Preemption.of(trainer), log_directory(trainer) / _CSV
+        if preemption is None or not preemption.is_continued_here(trainer):
+            return []
+        known = [point for point in read_csv(path) if point.model == weights_name(trainer)]
+        return trainer.strategy.broadcast(known)
+
     def _write(self, trainer: Trainer, points: list[CurvePoint]) -> None:
-        path = log_directory(trainer) / "fid_flops.csv"
-        for point in points:
-            rank_zero_info(point.describe())
+        path = log_directory(trainer) / _CSV
+        rank_zero_info(points[-1].describe())
         if trainer.is_global_zero:
             earlier = [point for point in read_csv(path) if point.model != points[0].model]
             write_csv([*earlier, *points], path)
-            for board in tensorboards(trainer):
-                board.add_figure("val/fid_flops", curve_figure(points, points[0].model), trainer.global_step)
 
     def _frame_reference(self, trainer: Trainer, pl_module: LightningModule) -> Reference | None:
         if self.frame_features is None:

@@ -12,7 +12,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.breaking_off import BrokenOffError, Finishes, Pace
 from callbacks.due_validation import repeat_validation
 
 PREEMPTED, INTERRUPTED = 75, 130
@@ -42,9 +44,11 @@ class Preemption(Callback):
     run's ``ModelCheckpoint`` and leave; ``--ckpt_path last`` continues as if nothing had happened.
 
     While gradients accumulate, the step is ended first. In validation the ranks ask after each batch that all of them
-    have; the checkpoint is that of the step before, and the validation is repeated whole by the run that continues. A
-    signal that falls into sampling for metrics or pictures is noticed at its end. In the last step of a run it is not
-    heeded. Before the first step, where there is nothing to save, signals act as if there were no callback.
+    have; the checkpoint is that of the step before, and the validation is repeated whole by the run that continues.
+    Sampling for pictures and metrics is broken off before the next call of the model (:meth:`heed`); the run that
+    continues draws the picture, and measures what was not measured yet. After the last step that is all that is broken
+    off, and the run that continues does only what is lacking. Before the first step, where there is nothing to save,
+    signals act as if there were no callback.
 
     Under SLURM with ``SLURMEnvironment(auto_requeue=True)`` the environment's requeue signal, USR1, also has the job
     requeued, by rank 0, after the checkpoint. SIGTERM does not: ``scancel`` sends it too.
@@ -70,32 +74,73 @@ class Preemption(Callback):
         self.every_n_steps = every_n_steps
         self._noted = _NotedSignals()
         self._group: Any = None
-        self._step = self._first_step = 0
+        self._step = self._first_step = self._leaving = 0
+        self._has_begun = False
         self._shared_batches = self._num_validated = 0
-        self._breaks_validation_off = False
+        self._breaks_validation_off = self.breaks_picture_off = False
+
+    @classmethod
+    def of(cls, trainer: Any) -> Preemption | None:
+        """That of a fit."""
+        if getattr(getattr(trainer, "state", None), "fn", None) != TrainerFn.FITTING:
+            return None
+        return next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validation_broken_off": self._breaks_validation_off}
+        return {"validation_broken_off": self._breaks_validation_off, "picture_broken_off": self.breaks_picture_off}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._breaks_validation_off = state_dict["validation_broken_off"]
+        self.breaks_picture_off = state_dict.get("picture_broken_off", False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING.value:
             return
         # Comes last, so that what it saves holds what the others do at the end of the step.
         trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
-        self._noted = _NotedSignals()
+        self._noted, self._leaving, self._has_begun = _NotedSignals(), 0, False
         trainer._signal_connector = _SignalNotes(trainer, self._watched(trainer), self._noted)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        loop = trainer.fit_loop
+        loop.run = partial(self._run, trainer, partial(type(loop).run, loop))  # type: ignore[method-assign]
         if trainer.world_size > 1:
             timeout = getattr(trainer.strategy, "_timeout", None)
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        vars(trainer.fit_loop).pop("run", None)
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+            self._group = None
+
+    def is_continued_here(self, trainer: Trainer) -> bool:
+        """Whether the weights are still those of the checkpoint that this run continues from."""
+        return trainer.global_step == self._first_step > 0
+
+    def heed(self, trainer: Trainer, pace: Pace) -> None:
+        """End what takes long, if any rank has been sent a signal. All ranks must call this, equally often.
+
+        Args:
+            trainer: of the fit.
+            pace: how often they ask one another; a new one where something begins.
+
+        Raises:
+            BrokenOffError: on all ranks at the same call, and at each that follows.
+        """
+        if not self._leaving and self._group is None:
+            self._leaving = self._noted.signum
+        elif not self._leaving and pace.is_due():
+            self._leaving, milliseconds = self._highest(self._noted.signum, pace.elapsed())
+            pace.adapt(milliseconds)
+        if self._leaving:
+            self.breaks_picture_off |= not trainer.validating
+            raise BrokenOffError
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = self._first_step = trainer.global_step
+        self._has_begun = True
+        self._leave_if_broken_off(trainer)
         repeat_validation(trainer, was_broken_off=self._breaks_validation_off)
-        self._breaks_validation_off = False
+        self._breaks_validation_off = self.breaks_picture_off = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -103,11 +148,14 @@ class Preemption(Callback):
         if trainer.global_step == self._step:
             return  # gradients accumulate
         self._step = trainer.global_step
-        if self._step % self.every_n_steps or self._step == trainer.max_steps:
+        if self._step == trainer.max_steps:
             return
-        if agreed := self._highest(self._noted.signum):
-            self._save(trainer)
-            self._noted.agreed = agreed  # Lightning's loops leave when the step has been logged
+        if self._step % self.every_n_steps == 0 and not self._leaving:
+            [self._leaving] = self._highest(self._noted.signum)
+        self._save_and_agree(trainer)  # Lightning's loops leave when the step has been logged
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_broken_off(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -116,17 +164,21 @@ class Preemption(Callback):
             raise SIGTERMException
         self._num_validated, counts = 0, trainer.num_sanity_val_batches if trainer.sanity_checking else None
         count = sum(trainer.num_val_batches if counts is None else counts)  # infinite where it is not known
-        self._shared_batches = -self._highest(-int(count) if count < 2**31 else 0)
+        [shared] = self._highest(-int(count) if count < 2**31 else 0)
+        self._shared_batches = -shared
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._num_validated += 1
         if trainer.state.fn != TrainerFn.FITTING or self._num_validated > self._shared_batches:
             return
-        if agreed := self._highest(self._noted.signum):
-            self._breaks_validation_off = not trainer.sanity_checking
-            self._save(trainer)
-            self._noted.agreed = agreed
-            raise SIGTERMException
+        if trainer.global_step == trainer.max_steps:
+            return  # who continues a run at its end validates no more
+        [self._leaving] = self._highest(self._noted.signum)
+        self._break_validation_off(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step != trainer.max_steps:
+            self._break_validation_off(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         signum = self._noted.agreed
@@ -150,13 +202,39 @@ class Preemption(Callback):
         extra = [environment.requeue_signal] if isinstance(environment, SLURMEnvironment) else []
         return [*dict.fromkeys([*self.signals, *(signum for signum in extra if signum is not None)])]
 
-    def _highest(self, value: int) -> int:
-        """The largest of all ranks' numbers."""
+    def _highest(self, *values: int) -> list[int]:
+        """The largest of all ranks' numbers, of each."""
         if self._group is None:
-            return value
-        told = torch.tensor([value])
+            return list(values)
+        told = torch.tensor(values)
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self._group)
-        return int(told)
+        return [int(value) for value in told]
+
+    def _run(self, trainer: Trainer, run: Callable[[], None]) -> None:
+        """Lightning's loop; it does nothing where a run has done its last step, and does not end it either."""
+        self._step = self._first_step = trainer.global_step
+        run()
+        if self._has_begun or not self.is_continued_here(trainer):
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Finishes):
+                callback.finish(trainer, trainer.lightning_module)
+        self._leave_if_broken_off(trainer)
+
+    def _break_validation_off(self, trainer: Trainer) -> None:
+        if self._leaving:
+            self._breaks_validation_off = not trainer.sanity_checking
+            self._leave_if_broken_off(trainer)
+
+    def _leave_if_broken_off(self, trainer: Trainer) -> None:
+        self._save_and_agree(trainer)
+        if self._leaving:
+            raise SIGTERMException
+
+    def _save_and_agree(self, trainer: Trainer) -> None:
+        if self._leaving:
+            self._save(trainer)
+            self._noted.agreed = self._leaving
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step > self._first_step:  # else the run that it continues has saved
@@ -221,7 +299,7 @@ def save_last(trainer: Trainer) -> None:
     # Through the callback: it must know the file as its own, or it would write the next one beside it.
     metrics = saver._monitor_candidates(trainer)
     if saver.save_last == "link" and saver.save_top_k != 0:
-        saver._save_checkpoint(trainer, saver.format_checkpoint_name(metrics, "preempted-{step}"))
+        saver._save_checkpoint(trainer, saver.format_checkpoint_name(metrics, "preempted"))  # one, however often
     saver._save_last_checkpoint(trainer, metrics)
 
 

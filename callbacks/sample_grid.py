@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.breaking_off import BrokenOffError
 from callbacks.conditions import conditions_of
 from callbacks.evaluation import autocast_dtype, codec_of, log_directory, model_of, sampling, tensorboards
-from callbacks.sample_pictures import SampleRow, write_samples
+from callbacks.preemption import Preemption
+from callbacks.sample_pictures import SampleRow, picture_path, write_samples
 from callbacks.schedules import mode_of, schedules_of
 from flexidit.metrics.curve import SamplingSettings, cost_per_image, full_cost_per_image, make_sampler
 from flexidit.metrics.curve_candidates import MIXTURE, Candidate
@@ -87,30 +90,46 @@ class SampleGrid(Callback):
         self._conditions: ClassLabels | Prompts | None = None
         self._drawn_at = -1
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        preemption = Preemption.of(trainer)
+        if preemption is not None and preemption.breaks_picture_off:  # in the run that this one continues
+            self.draw(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step  # still 0 while the first step accumulates its batches
-        if self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0:
-            self.draw(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        step, epoch = trainer.global_step, trainer.current_epoch + 1
+        preemption = Preemption.of(trainer)
+        if step == 0 or (preemption is not None and preemption.is_continued_here(trainer)):
+            return  # the first step accumulates its batches
+        # Not at the end of the epoch: Lightning does not go on well from a checkpoint of that moment.
+        ends = self.every_n_epochs is not None and trainer.is_last_batch and epoch % self.every_n_epochs == 0
+        if ends or (self.every_n_steps is not None and step % self.every_n_steps == 0):
             self.draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.draw(trainer, pl_module)
 
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last picture, if it is not there."""
+        path = picture_path(log_directory(trainer) / "samples", trainer.global_step)
+        if not trainer.strategy.broadcast(path.exists()):
+            self.draw(trainer, pl_module)
+
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample and write, once a step: accumulated batches and the end of an epoch share theirs."""
-        step = trainer.global_step
-        if step == self._drawn_at:
+        """Sample and write, once a step: accumulated batches and the end of an epoch share theirs.
+
+        A picture that a signal breaks off is drawn by the run that continues.
+        """
+        if trainer.global_step == self._drawn_at:
             return
-        self._drawn_at = step
-        rows = self.sample_rows(trainer, pl_module)
-        folder = log_directory(trainer) / "samples"
+        with suppress(BrokenOffError):
+            self._write(trainer, self.sample_rows(trainer, pl_module), solver_name(model_of(pl_module), self.settings))
+            self._drawn_at = trainer.global_step
+
+    def _write(self, trainer: Trainer, rows: Sequence[SampleRow], solver: str) -> None:
+        folder, step = log_directory(trainer) / "samples", trainer.global_step
         if trainer.is_global_zero:
-            solver = solver_name(model_of(pl_module), self.settings)
             how = f"{solver}, {self.num_sampling_steps} steps, guidance {self.settings.cfg_scale:g}"
             title = f"step {step}: {how}, seed {self.settings.seed}"
             write_samples(rows, self._column_names(), title, step, folder, tensorboards(trainer), self.fps)

@@ -31,6 +31,11 @@ class SampleRow:
     note: str
 
 
+def picture_path(folder: Path, step: int) -> Path:
+    """Example: ``step_00001000.png``."""
+    return folder / f"step_{step:08d}.png"
+
+
 def write_samples(
     rows: Sequence[SampleRow],
     columns: Sequence[str],
@@ -54,13 +59,13 @@ def write_samples(
     folder.mkdir(parents=True, exist_ok=True)
     is_clips = rows[0].samples.ndim == 5
     picture = _sheet(rows, columns, title) if is_clips else _grid(rows, columns, title)
-    picture.save(folder / f"step_{step:08d}.png")
+    picture.save(path := picture_path(folder, step))
     for board in boards:
         board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
     if is_clips:
         pictures = animated_grid([ClipsRow(row.samples, row.label, row.note) for row in rows], title, columns)
         gif = encode_gif(pictures, fps)
-        (folder / f"step_{step:08d}.gif").write_bytes(gif)
+        path.with_suffix(".gif").write_bytes(gif)
         for board in boards:
             add_gif(board, "clips", gif, pictures[0].size, step)
 

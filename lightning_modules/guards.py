@@ -133,6 +133,13 @@ class StepGuard(Callback):
         self._read(trainer, len(self._unread))
         self._tell(trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Name the steps that the checkpoint counts, which the run that goes on from it would not do.
+
+        Every rank must call it, as Lightning does, right after :meth:`state_dict`.
+        """
+        self._tell(trainer)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """A new fit counts anew (a checkpoint is loaded after this hook)."""
         if stage == "fit":

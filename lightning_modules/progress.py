@@ -1,11 +1,12 @@
 """Lightning's counts of micro-batches and epochs, put right where a checkpoint is resumed.
 
-A checkpoint may be of the middle of a step of several micro-batches: Lightning saves by time, on signals, and in the
-first step after a resume, of which it does not know that it has been saved. The gradients of the begun step are not in
-it. So a resume repeats that step from its first micro-batch.
+A checkpoint may be of the middle of a step of several micro-batches: Lightning saves by time, and on signals. The
+gradients of the begun step are not in it. So a resume repeats that step from its first micro-batch.
 
 And Lightning (2.6) does not count the epoch as begun that follows a resume at an epoch's end. If such a run is resumed
 at an epoch's end again, the number of epochs is wrong by one, and with ``max_epochs`` the length of the run.
+
+Nor does it know after a resume which step was saved: in the first micro-batch it would write that step's file again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 
@@ -51,6 +54,13 @@ def convert_progress(checkpoint: dict[str, Any], datamodule: Any, old: int, new:
             lacking = counts["ready"] - counts["completed"]  # the last one is not completed while it is saved
             counts.update({name: count // old * new for name, count in counts.items()})
             counts["completed"] = counts["ready"] - lacking
+
+
+def know_as_saved(trainer: Trainer, step: int) -> None:
+    """Have no callback that saves every so many steps save this one again; those that wait for a metric may have to."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps and callback.monitor is None:
+            callback._last_global_step_saved = step
 
 
 def _count_begun_epoch(epochs: dict[str, Any], progress: Mapping[str, Any]) -> None:

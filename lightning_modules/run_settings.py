@@ -25,7 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from flexidit.config import config_to_dict
-from lightning_modules.progress import convert_progress
+from lightning_modules.progress import convert_progress, know_as_saved
 from lightning_modules.trained_state import check_base, check_names, trained_names
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def check_resume(checkpoint: dict[str, Any], module: DiffusionModule) -> None:
         rank_zero_warn(f"the run goes on with changed settings, not as it would have: {', '.join(differing)}")
     accumulated = (each["batch"]["accumulated"] for each in (saved, own))
     convert_progress(checkpoint, getattr(module.trainer, "datamodule", None), *accumulated)
+    know_as_saved(module.trainer, checkpoint["global_step"])
 
 
 def adopt_optimizer(module: DiffusionModule) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_modules.checkpoint_choice import choose, run_folders
 from lightning_modules.checkpoint_files import recover
 from lightning_modules.checkpoint_io import BackgroundCheckpointIO
+from lightning_modules.last_links import make_safe
 from lightning_modules.one_reader import on_rank_zero
 from lightning_modules.sharded_saves import in_background, save_folder, start_folder, wait_for_writer, writes_folders
 
@@ -62,6 +63,8 @@ class SafeCheckpoints(Callback):
         wrapped: dict[str, Callable[..., Any]] = {"load_checkpoint": self._load}
         if stage == "fit":
             self._recover(trainer)
+            for callback in _retaining(trainer):
+                make_safe(callback)
             wrapped |= {
                 "save_checkpoint": self._save,
                 "remove_checkpoint": self._remove,

@@ -39,6 +39,7 @@ _WARNINGS = (
     ".*set_vital.*",
     ".*isinstance.treespec.*",
     ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",  # as it should where a run continues
     ".*FSDP2-wrapped module .* returned a view.*",  # nothing here writes into a prediction
 )
 _ADVERTISEMENT = "Tip: For seamless"
@@ -46,6 +47,12 @@ _ADVERTISEMENT = "Tip: For seamless"
 # Lines of jsonargparse's nested messages that name no cause.
 _BOILERPLATE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:$|Expected a path|Expected a <class 'NoneType'>|Given value"
+)
+
+
+_ALIKE = (
+    "trainer.callbacks has two of a kind that a checkpoint could not tell apart: leave one out, or, if it is "
+    "ModelCheckpoint, give each another every_n_train_steps"
 )
 
 
@@ -155,6 +162,8 @@ def run(args: Sequence[str]) -> int:
             raise
         raise ValueError("--ckpt_path takes checkpoints of `flexidit fit`; weights go to target.checkpoint") from error
     except RuntimeError as error:
+        if "more than one stateful callback" in str(error):
+            raise ValueError(_ALIKE) from error
         if (told := explain_worker(error)) is not None:
             raise told from error
         if "Error(s) in loading state_dict" not in str(error):

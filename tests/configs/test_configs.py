@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDe
 from callbacks.ema import EMA
 from callbacks.preemption import Preemption
 from callbacks.rank_errors import RankErrors
-from flexidit import create_model, load_checkpoint
+from flexidit import create_model, flexify, load_checkpoint
 from flexidit.cli import main
 from flexidit.commands.training import CLI
 from flexidit.variants import variant_config
@@ -97,12 +98,35 @@ def test_a_recipe_is_complete(path: Path, tmp_path: Path) -> None:
     assert isinstance(trainer.logger, TensorBoardLogger)
     folder = Path(trainer.default_root_dir)
     assert Path(trainer.logger.log_dir) == folder  # one run, one folder: `--ckpt_path last` finds it again
-    saver = trainer.checkpoint_callback
-    assert isinstance(saver, ModelCheckpoint)
-    assert Path(saver.dirpath or "").resolve() == (folder / "checkpoints").resolve()
-    assert saver.save_last
-    assert trainer.max_steps % saver._every_n_train_steps == 0  # the end of the run is saved
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    assert all(Path(saver.dirpath or "").resolve() == (folder / "checkpoints").resolve() for saver in savers)
+    assert [bool(saver.save_last) for saver in savers] == [False] * (len(savers) - 1) + [
+        True
+    ]  # written last, found first
+    assert all(trainer.max_steps % saver._every_n_train_steps == 0 for saver in savers)  # the end of the run is saved
     assert [type(callback) for callback in trainer.callbacks].count(EMA) == 1
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if "bf16-mixed" in path.read_text()], ids=ids)
+def test_a_long_run_keeps_states_to_fall_back_to(path: Path) -> None:
+    """What needs a GPU is long; how much of the disk that takes is what the recipe says."""
+    config = yaml.safe_load(path.read_text())
+    callbacks = config["trainer"]["callbacks"]
+    kept, last = (ModelCheckpoint(**c["init_args"]) for c in callbacks if "ModelCheckpoint" in c["class_path"])
+    assert kept.state_key != last.state_key
+    assert (kept.save_top_k, kept.monitor, kept.filename) == (-1, None, "{step}")
+    every, of_last = kept._every_n_train_steps, last._every_n_train_steps
+    assert every % of_last == 0 and every > of_last
+    told = re.search(r"# Kept: (\d+) states of (\S+) GB", path.read_text())
+    assert told is not None
+    assert 2 <= int(told[1]) == config["trainer"]["max_steps"] // every <= 10
+    model = config["model"]["init_args"]
+    if "variant" in model["target"]:
+        with torch.device("meta"):
+            trained = create_model(model["target"]["variant"], **model["target"].get("overrides", {}))
+            trained = flexify(trained, **model["flex"]) if "flex" in model else trained
+        size = 16 * sum(p.numel() for p in trained.parameters() if p.requires_grad)  # with average and two moments
+        assert float(told[2]) == round(size / 1e9, 1)
 
 
 @pytest.mark.parametrize("trainer_config", TRAINERS, ids=ids)

@@ -97,7 +97,7 @@ def train(
             trainer.fit(module, DigitsDataModule(batch_size=GLOBAL_BATCH // world_size), ckpt_path=ckpt_path)
         except (OSError, ValueError) as raised:
             error = str(raised)
-    said = [str(warning.message) for warning in caught if "could not be saved" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "could not be" in str(warning.message)]
     found = {"error": error, "warnings": said, "step": trainer.global_step, "path": str(trainer.ckpt_path)}
     return {**found, "losses": record.losses, "weights": record.weights}
 
@@ -137,6 +137,19 @@ def full_disk(folder: Path) -> dict[str, Any]:
 def never(folder: Path) -> dict[str, Any]:
     fail_at(set(range(100)))
     return train(folder, DDPStrategy(find_unused_parameters=True))
+
+
+def no_link(folder: Path) -> dict[str, Any]:
+    """Rank 0, the only one to make links, cannot make the second."""
+    original = Path.symlink_to
+
+    def refuse(self: Path, target: Any, *args: Any) -> None:
+        if "step=2" in str(target):
+            raise DISK_FULL
+        original(self, target, *args)
+
+    Path.symlink_to = refuse  # type: ignore[method-assign]
+    return train(folder, DDPStrategy(find_unused_parameters=True), save_top_k=-1, save_last="link")
 
 
 def several(folder: Path) -> dict[str, Any]:
@@ -226,6 +239,7 @@ def resume_unsharded(folder: Path) -> dict[str, Any]:
 RUNS: list[tuple[Callable[[Path], dict[str, Any]], str, int]] = [
     (full_disk, "full_disk", 2),
     (never, "never", 2),
+    (no_link, "no_link", 2),
     (several, "several", 2),
     (newest, "several", 2),
     (disagree, "several", 2),

@@ -15,21 +15,40 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
+IMPORTED = (
+    "tests.distributed.resume_cases",
+    "flexidit.commands.training",
+    "lightning_modules.class_conditional",
+    "lightning_modules.sharded_strategy",
+)
+"""What any of its processes needs, and takes seconds."""
+
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
-def fork_server(*modules: str) -> Any:
-    """A context whose processes are forked from a server that has imported these modules; one thread each."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    folder = str(Path(__file__).resolve().parents[2])
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *(path for path in paths if path and path != folder)])
+@cache
+def fork_server() -> Any:
+    """A context whose processes are forked from a server that has imported :data:`IMPORTED`; one thread each.
+
+    There is one server in a process, for all who ask.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(modules))
+    context.set_forkserver_preload(list(IMPORTED))
+    folder = str(Path(__file__).resolve().parents[2])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != folder]
+    own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([folder, *paths])}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
     return context
 
 
@@ -41,14 +60,14 @@ class Ranks:
         work: runs in each of them; a function of a module.
         arguments: of ``work``.
         num_processes: of the run.
-        folder: for what each of them prints, ``rank0.log`` ...
+        folder: for what each of them prints, ``output_rank0.txt`` ...; what is there is kept.
     """
 
     def __init__(
         self, context: Any, work: Callable[..., None], arguments: tuple[Any, ...], num_processes: int, folder: Path
     ) -> None:
         port = free_port()
-        self.logs = [folder / f"rank{rank}.log" for rank in range(num_processes)]
+        self.logs = [folder / f"output_rank{rank}.txt" for rank in range(num_processes)]
         self.processes = [
             context.Process(target=_begin, args=(work, arguments, rank, num_processes, port, str(log)))
             for rank, log in enumerate(self.logs)

@@ -314,7 +314,7 @@ class Runs:
     """Whole and interrupted runs of cases.
 
     Args:
-        context: of ``fork_server``, with this module.
+        context: of ``fork_server``.
         folder: for inputs and runs.
         timeout: of a run, in seconds.
     """

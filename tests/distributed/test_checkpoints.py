@@ -38,6 +38,15 @@ def test_a_job_that_could_not_save_once_ends_in_the_same_error_on_all_ranks(fold
     assert f"not one of this run's {STEPS} checkpoints could be saved (No space left on device)" in first["error"]
 
 
+def test_a_link_that_rank_0_cannot_make_is_a_warning_and_all_ranks_go_on(folder: Path) -> None:
+    first, second = results_of(folder, "no_link")
+    assert first["step"] == second["step"] == STEPS
+    assert first["error"] == second["error"] == ""
+    assert len(first["warnings"]) == 1 and second["warnings"] == []
+    assert "last.ckpt could not be made to point to" in first["warnings"][0]
+    assert (folder / "no_link" / "last.ckpt").readlink() == Path(f"step={STEPS}.ckpt")
+
+
 def test_all_ranks_go_on_from_the_one_that_rank_0_chose(folder: Path) -> None:
     first, second = results_of(folder, "newest")
     assert first["path"] == second["path"] == str(folder / "several" / "step=2.ckpt")

@@ -7,7 +7,6 @@ hour; here each case is killed twice, at moments that differ from run to run of 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,15 +28,12 @@ from tests.distributed.resume_cases import (
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            patch.setenv(name, "")  # put back at the end
-        runs = Runs(fork_server("tests.distributed.resume_cases"), tmp_path_factory.mktemp("resume"))
-        runs.inputs.mkdir()
-        with Ranks(runs.context, prepare, (runs.inputs,), 1, runs.folder) as ranks:
-            ranks.finish(runs.timeout)
-        yield runs
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    runs = Runs(fork_server(), tmp_path_factory.mktemp("resume"))
+    runs.inputs.mkdir()
+    with Ranks(runs.context, prepare, (runs.inputs,), 1, runs.folder) as ranks:
+        ranks.finish(runs.timeout)
+    return runs
 
 
 ON_CUDA = [pytest.param(case, marks=pytest.mark.gpu) for case in CUDA_CASES]
@@ -86,7 +82,7 @@ def test_the_generators_in_the_checkpoint_matter(runs: Runs, tmp_path: Path) -> 
     without_generators(stopped(runs, case, tmp_path))
     runs.finish(case, tmp_path)
     assert any("loss of step" in name for name in run_differences(case, runs.whole(case), tmp_path))
-    assert "the global random generators start anew" in (tmp_path / "rank0.log").read_text()
+    assert "the global random generators start anew" in (tmp_path / "output_rank0.txt").read_text()
 
 
 def test_what_the_modules_draw_themselves_needs_no_generators(runs: Runs, tmp_path: Path) -> None:

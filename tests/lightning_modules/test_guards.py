@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,10 +13,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from callbacks.ema import EMA
+from callbacks.preemption import Preemption
 from datamodules.digits import DigitsDataModule
 from lightning_modules import ClassConditional
 from lightning_modules.guards import DivergedError, StepGuard
@@ -203,6 +208,31 @@ def test_the_samples_are_those_of_the_micro_batch_with_the_bad_loss(run: Any, fu
 def test_all_samples_of_a_step_are_named_if_only_its_gradient_is_bad(run: Any) -> None:
     with pytest.warns(UserWarning, match=r"the gradient, though no loss, was not finite of rank 0 \(digit .*, digit "):
         run(steep=[BAD])
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_was_left_out_just_before_a_preemption_is_named_once(
+    fit: Any, make_target: Any, tmp_path: Path, fused: bool
+) -> None:
+    """A fused optimizer's host would have learnt of it in the next step."""
+
+    class Signal(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == BAD:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    target, path = make_target("DiT-Tiny/2", num_classes=10), tmp_path / "last.ckpt"
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=99, save_top_k=0, save_last=True)
+    data, options = Digits([BAD], batch_size=8), {"callbacks": [Signal(), Preemption(), saver]}
+    with pytest.raises(SystemExit):
+        fit(Student(target, fused=fused), STEPS, data=data, enable_checkpointing=True, **options)
+    named = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in named] == [BAD]
+    data.count = BAD + 1
+    trainer = fit(Student(target, fused=fused), STEPS, data=data, ckpt_path=path, callbacks=[Preemption()])
+    assert guard_of(trainer).num_skipped == len(named) == 1
+    assert (tmp_path / "skipped_steps.jsonl").read_text().splitlines() == named
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -6,17 +6,15 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.distributed.processes import free_port
+from tests.distributed.launching import commands
+from tests.distributed.processes import Ranks, fork_server
 
 HERE = Path(__file__).parent
 
@@ -65,47 +63,19 @@ CONFIG: dict[str, Any] = {
     },
 }  # fmt: skip
 
-
-class Server:
-    """Starts commands in the process that has imported everything already (``server.py``)."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "server.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-        self.pids: set[int] = set()
-
-    def start(self, folder: Path, argv: list[str], output: Path, **env: str) -> int:
-        pid = int(self._ask({"argv": argv, "env": env, "folder": str(folder), "output": str(output)}))
-        self.pids.add(pid)
-        return pid
-
-    def wait(self, pid: int, timeout: float) -> int | None:
-        """Exit code, or -N after signal N; a process that takes longer is killed, and None."""
-        code = self._ask({"wait": pid, "timeout": timeout})
-        if code is None:
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-            self._ask({"wait": pid, "timeout": 10})
-        self.pids.discard(pid)
-        return code
-
-    def close(self) -> None:
-        for pid in self.pids:
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.communicate()
-
-    def _ask(self, request: dict[str, Any]) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+SAMPLING: list[dict[str, Any]] = [
+    {
+        "class_path": "callbacks.sample_grid.SampleGrid",
+        "init_args": {"every_n_steps": 4, "every_n_epochs": None, "num_columns": 2, "num_sampling_steps": 3},
+    },
+    {
+        "class_path": "callbacks.fid_flops.FIDFlops",
+        "init_args": {
+            "features": {"class_path": "flexidit.metrics.digit_classifier.DigitClassifier"},
+            "budgets": [1.0, 0.64], "num_samples": 13, "batch_size": 4, "num_sampling_steps": 3,
+        },
+    },
+]  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -120,36 +90,15 @@ def process_environment() -> dict[str, str]:
     return environment()
 
 
-def ranks(world_size: int) -> list[dict[str, str]]:
-    """What torchrun would tell each rank of one node."""
-    if world_size == 1:
-        return [{}]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "x",
-    }
-    sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    return [{**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    server = Server()
-    try:
-        yield server
-    finally:
-        server.close()
-
-
 @pytest.fixture(scope="session")
 def write_config() -> Callable[..., Path]:
     """Write ``run.yaml`` of a small fine-tuning into a folder; keyword arguments go to the trainer."""
 
-    def write(folder: Path, **trainer: Any) -> Path:
+    def write(folder: Path, samples: bool = False, **trainer: Any) -> Path:
         config = copy.deepcopy(CONFIG)
         config["trainer"] |= trainer
+        if samples:
+            config["trainer"]["callbacks"][1:1] = SAMPLING
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
         return folder / "run.yaml"
@@ -158,25 +107,26 @@ def write_config() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def fit(server: Server) -> Callable[..., list[tuple[int | None, str]]]:
+def fit() -> Callable[..., list[tuple[int | None, str]]]:
     """Run a folder's ``run.yaml`` on so many ranks; returns (exit code, output) of each, None after ``timeout``."""
 
     def run(
         folder: Path, *options: str, world_size: int = 1, fault: dict[str, Any] | None = None, timeout: float = 60
     ) -> list[tuple[int | None, str]]:
         argv = ["fit", "-c", "run.yaml", "--ckpt_path=last", f"--trainer.devices={world_size}", *options]
-        outputs = [folder / f"output_rank{rank}.txt" for rank in range(world_size)]
+        for earlier in folder.glob("output_rank*.txt"):
+            earlier.unlink()
         told = {"FAULT": json.dumps(fault)} if fault else {}
-        pids = [
-            server.start(folder, argv, output, **env, **told)
-            for env, output in zip(ranks(world_size), outputs, strict=True)
-        ]
-        codes = []
-        for pid in pids:
-            if fault and fault["what"] == "SIGSTOP" and codes:  # one that hangs wakes up when rank 0 is gone
-                os.kill(pid, signal.SIGCONT)
-            codes.append(server.wait(pid, timeout))
-        return [(code, output.read_text()) for code, output in zip(codes, outputs, strict=True)]
+        codes: list[int | None] = []
+        with Ranks(fork_server(), commands.run, (argv, folder, told), world_size, folder) as ranks:
+            for process in ranks.processes:
+                if fault and fault["what"] == "SIGSTOP" and codes:  # one that hangs wakes up when rank 0 is gone
+                    os.kill(process.pid, signal.SIGCONT)
+                process.join(timeout)
+                codes.append(process.exitcode)
+                if codes[-1] is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        return [(code, log.read_text()) for code, log in zip(codes, ranks.logs, strict=True)]
 
     return run
 

@@ -14,18 +14,21 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
+from flexidit.sampling.sampler import Sampler
+
 
 class Probe(Callback):
     """Appends to ``losses_rank0.txt``: step, loss to the last bit. Says where weights are. Acts on ``$FAULT``.
 
-    That is JSON: ``when`` ("train" or "validation"), ``step``, ``batch`` (of the step, or of the validation),
-    ``ranks``, and ``what``: a signal's name, "raise", or "wait" until the file ``for`` exists. With ``hangs`` the end
-    after an error takes for ever, as it may where a device waits for another rank.
+    That is JSON: ``when`` ("train", "validation" or "sampling"), ``step``, ``batch`` (of the step, of the validation,
+    or the number of a call of the model in sampling, counted from the run's beginning), ``ranks``, and ``what``: a
+    signal's name, "raise", or "wait" until the file ``for`` exists. With ``hangs`` the end after an error takes for
+    ever, as it may where a device waits for another rank.
     """
 
     def __init__(self) -> None:
         self.fault: dict[str, Any] = json.loads(os.environ.get("FAULT", "{}"))
-        self.num_batches = self.num_broadcasts = 0
+        self.num_batches = self.num_broadcasts = self.num_sampling_calls = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         original = torch.distributed.broadcast
@@ -35,6 +38,17 @@ class Probe(Callback):
             return original(*args, **options)
 
         torch.distributed.broadcast = counted
+        self.watch_sampling(trainer)
+
+    def watch_sampling(self, trainer: pl.Trainer) -> None:
+        original = Sampler._forward
+
+        def forward(sampler: Sampler, *args: Any) -> Any:
+            self.act(trainer, "sampling", self.num_sampling_calls)
+            self.num_sampling_calls += 1
+            return original(sampler, *args)
+
+        Sampler._forward = forward
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if trainer.global_step != getattr(self, "step", None):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 DDP = {"strategy": "ddp"}
+SAMPLES = {"samples": True, "limit_val_batches": 1}  # 7 calls a picture; then ranks ask before the 1st, 2nd, 6th, ...
 FSDP = {"strategy": {"class_path": "lightning_modules.sharded_strategy.ShardedStrategy"}}
 
 
@@ -30,6 +31,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., 
     return make
 
 
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "run").glob("samples/*.png")}
+
+
 CASES = {
     "one process, in a step": (1, {}, {"when": "train", "step": 4, "ranks": [0], "what": "SIGTERM"}),
     "the step before a validation": (1, {}, {"when": "train", "step": 5, "ranks": [0], "what": "SIGUSR1"}),
@@ -43,6 +48,12 @@ CASES = {
     "rank 1 of 2": (2, DDP, {"when": "train", "step": 2, "ranks": [1], "what": "SIGTERM"}),
     "both of 2, in a validation": (2, DDP, {"when": "validation", "step": 6, "ranks": [0, 1], "what": "SIGUSR1"}),
     "rank 1 of 2, sharded": (2, FSDP, {"when": "train", "step": 5, "ranks": [1], "what": "SIGTERM"}),
+    "rank 1 of 2, in a picture": (
+        2, {**DDP, **SAMPLES}, {"when": "sampling", "step": 4, "batch": 1, "ranks": [1], "what": "SIGUSR1"}
+    ),
+    "rank 1 of 2, sharded, in a metric at the end": (
+        2, {**FSDP, **SAMPLES}, {"when": "sampling", "step": 8, "batch": 17, "ranks": [1], "what": "SIGTERM"}
+    ),
 }  # fmt: skip
 
 
@@ -66,4 +77,5 @@ def test_a_preempted_run_and_its_continuation_are_the_whole_run(
     for rank in range(world_size):
         assert losses(tmp_path, rank) == losses(expected, rank)
     assert logged(tmp_path) == logged(expected)
+    assert pictures(tmp_path) == pictures(expected)
     assert {step for name, step in logged(tmp_path) if name.startswith("val/")}
