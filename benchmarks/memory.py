@@ -8,7 +8,7 @@ of a group), each GPU holds its part of them, and beside that, whole, the block 
 outside of blocks; "1" is DDP or a single GPU. Activations are what lives at the height of a step with bf16-mixed
 (teacher, student and backward, of the patch size that needs most), counted while the model runs on tensors without
 data. Not counted: the chain of the matching loss (half a batch more for each step that carries gradients), work space
-of kernels, the allocator's gaps, collectives' buffers and CUDA itself; take a fifth more.
+of kernels, the allocator's gaps, collectives' buffers and CUDA itself; take a third more (``memory_on_gpu.py``).
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ def measure(path: Path, num_gpus: int, accelerator: str, num_steps: int, compile
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        trainer.fit(_module_of(recipe, compiled), DataLoader(batches, batch_size=None))
+        module = _module_of(recipe, compiled, is_sharded=num_gpus > 1)
+        trainer.fit(module, DataLoader(batches, batch_size=None))
     return {"allocated": height.allocated, "reserved": height.reserved}
 
 
@@ -102,7 +103,7 @@ def _config_of(recipe: dict[str, Any]) -> Any:
     return variant_config(target["variant"], **target.get("overrides", {}))
 
 
-def _module_of(recipe: dict[str, Any], compiled: bool) -> DiffusionModule:
+def _module_of(recipe: dict[str, Any], compiled: bool, is_sharded: bool) -> DiffusionModule:
     """The recipe's, with a target that no file is needed for."""
     model = recipe["model"]
     target = {**model["init_args"]["target"], "checkpoint": None}
@@ -110,6 +111,8 @@ def _module_of(recipe: dict[str, Any], compiled: bool) -> DiffusionModule:
     parser = ArgumentParser()
     parser.add_subclass_arguments(DiffusionModule, "model")
     arguments = {**model["init_args"], "target": target, "vae": None, "compile": compiled}
+    if not is_sharded:
+        arguments["gather_dtype"] = "float32"  # nothing else goes with it
     given = parser.parse_object({"model": {**model, "init_args": arguments}})
     return parser.instantiate_classes(given).model
 

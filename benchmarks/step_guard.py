@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "guarded_ms": guarded,
         "alone_ms": alone,
         "overhead": guarded / alone - 1,
-        "norm_ms": norm_ms(model),
+        "norm_ms": norm_ms(model.to(trainer.strategy.root_device)),  # a trainer that is done leaves it on the CPU
     }
 
 
