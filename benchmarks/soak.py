@@ -66,7 +66,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def soak(context: object, folder: Path, kills: int, seed: int, steps: int) -> Iterator[Row]:
     """One interrupted run after another, until there were as many kills; prints the table as it grows."""
-    from tests.distributed.resume_cases import CASES, Runs, prepare
+    from tests.distributed.resume_cases import CASES, prepare
+    from tests.distributed.resume_runs import Runs
 
     runs, start, rng = Runs(context, folder, timeout=600), time.monotonic(), random.Random(seed)
     runs.inputs.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,8 @@ def soak(context: object, folder: Path, kills: int, seed: int, steps: int) -> It
 
 def interrupted(runs: object, case: object, folder: Path, rng: random.Random, kills: int) -> Row:
     """Kill and resume a run some times, let it end, compare."""
-    from tests.distributed.resume_cases import Case, Runs, run_differences
+    from tests.distributed.resume_cases import Case
+    from tests.distributed.resume_runs import Runs, run_differences
 
     assert isinstance(runs, Runs) and isinstance(case, Case)
     start, row = time.monotonic(), Row(case.name)

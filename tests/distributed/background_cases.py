@@ -24,7 +24,7 @@ from lightning_modules import checkpoint_io, sharded_saves
 from lightning_modules.checkpoint_io import BackgroundCheckpointIO, StreamingCheckpointIO
 from lightning_modules.safe_checkpoints import SafeCheckpoints
 from lightning_modules.sharded_strategy import ShardedStrategy
-from tests.distributed.checkpoint_cases import DISK_FULL, STEPS, fail_at, train, worker
+from tests.distributed.checkpoint_cases import DISK_FULL, STEPS, fail_at, kill_before_naming, train, worker
 
 FAILING_STEPS = 5
 
@@ -147,16 +147,7 @@ def killed_in_shards(folder: Path) -> dict[str, Any]:
 
 
 def killed_in_naming(folder: Path) -> dict[str, Any]:
-    """When the second checkpoint is whole, and has no name."""
-    original, marked = sharded_saves.mark_complete, list[Path]()
-
-    def mark(folder: Path) -> None:
-        original(folder)
-        marked.append(folder)
-        if len(marked) == 2:
-            os.killpg(0, signal.SIGKILL)
-
-    sharded_saves.mark_complete = mark
+    kill_before_naming()
     return fit(folder, save_top_k=0, save_last=True)
 
 

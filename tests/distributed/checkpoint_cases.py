@@ -187,18 +187,21 @@ def full_disk_of_one(folder: Path) -> dict[str, Any]:
     return train(folder, sharded(), save_top_k=1)
 
 
-def killed(folder: Path) -> dict[str, Any]:
+def kill_before_naming() -> None:
     """After all parts of the second checkpoint are written, and before it has its name."""
-    original = sharded_saves.mark_complete
-    saved: list[Path] = []
+    original, whole = sharded_saves.mark_complete, list[Path]()
 
     def mark(folder: Path) -> None:
         original(folder)
-        saved.append(folder)
-        if len(saved) == 2:
+        whole.append(folder)
+        if len(whole) == 2:
             os.killpg(0, signal.SIGKILL)
 
     sharded_saves.mark_complete = mark
+
+
+def killed(folder: Path) -> dict[str, Any]:
+    kill_before_naming()
     return train(folder, sharded(), save_top_k=0, save_last=True)
 
 

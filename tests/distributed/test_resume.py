@@ -13,18 +13,8 @@ import pytest
 import torch
 
 from tests.distributed.processes import Ranks, fork_server
-from tests.distributed.resume_cases import (
-    CASES,
-    CUDA_CASES,
-    STEPS,
-    Case,
-    Runs,
-    entries,
-    prepare,
-    run_differences,
-    saved_step,
-    state_differences,
-)
+from tests.distributed.resume_cases import CASES, CUDA_CASES, STEPS, Case, prepare
+from tests.distributed.resume_runs import Runs, entries, run_differences, saved_step, state_differences
 
 
 @pytest.fixture(scope="module")

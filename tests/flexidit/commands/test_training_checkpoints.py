@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,40 +17,17 @@ from flexidit.cli import main
 from flexidit.weight_files import load_pickle
 from lightning_modules import checkpoint_io
 from lightning_modules.checkpoint_files import UNFINISHED
+from tests.flexidit.commands.small_runs import TARGET, kept_filters, small_run
 
-TARGET = {"input_size": 8, "in_channels": 1, "num_classes": 10, "depth": 1, "hidden_size": 32, "num_heads": 2}
-CONFIG: dict[str, Any] = {
-    "seed_everything": 0,
-    "model": {
-        "class_path": "lightning_modules.ClassConditional",
-        "init_args": {"target": {"variant": "DiT-Tiny/2", "overrides": TARGET}, "flex": {"patch_sizes": [4]}},
-    },
-    "data": {"class_path": "datamodules.digits.DigitsDataModule", "init_args": {"batch_size": 32}},
-    "trainer": {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_steps": 3,
-        "use_distributed_sampler": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "limit_val_batches": 0,
-        "num_sanity_val_steps": 0,
-        "logger": False,
-        "callbacks": [
-            {
-                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "init_args": {
-                    "dirpath": "ckpt",
-                    "filename": "{step}",
-                    "every_n_train_steps": 1,
-                    "save_top_k": -1,
-                    "save_last": True,
-                    "enable_version_counter": False,  # the copied run has another folder
-                },
-            }
-        ],
-    },
+SAVER = {
+    "dirpath": "ckpt",
+    "filename": "{step}",
+    "every_n_train_steps": 1,
+    "save_top_k": -1,
+    "save_last": True,
+    "enable_version_counter": False,  # the copied run has another folder
 }
+CONFIG = small_run(3, {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": SAVER})
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +46,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """A copy of it, where the command continues."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    filters = list(logger.filters)
     shutil.copytree(trained, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
-    yield lambda *options: main(["fit", "-c", "run.yaml", *options])
-    logger.filters[:] = filters
+    with kept_filters():
+        yield lambda *options: main(["fit", "-c", "run.yaml", *options])
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:

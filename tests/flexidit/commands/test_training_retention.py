@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from lightning.pytorch import Trainer
 
 from flexidit.cli import main
 from flexidit.weight_files import load_pickle
+from tests.flexidit.commands.small_runs import kept_filters, small_run
 
 RECIPE = Path(__file__).resolve().parents[3] / "configs" / "imagenet" / "class_conditional_xl2.yaml"
-TARGET = {"input_size": 8, "in_channels": 1, "num_classes": 10, "depth": 1, "hidden_size": 32, "num_heads": 2}
 EVERY, STEPS = {True: 1, False: 2}, 7  # last.ckpt after each step, kept after every second one
 
 
@@ -31,36 +30,15 @@ def savers() -> list[dict[str, Any]]:
 
 
 def config() -> dict[str, Any]:
-    return {
-        "seed_everything": 0,
-        "model": {
-            "class_path": "lightning_modules.ClassConditional",
-            "init_args": {"target": {"variant": "DiT-Tiny/2", "overrides": TARGET}, "flex": {"patch_sizes": [4]}},
-        },
-        "data": {"class_path": "datamodules.digits.DigitsDataModule", "init_args": {"batch_size": 32}},
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": STEPS,
-            "use_distributed_sampler": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "limit_val_batches": 0,
-            "num_sanity_val_steps": 0,
-            "logger": False,
-            "callbacks": [{"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.9}}, *savers()],
-        },
-    }
+    return small_run(STEPS, {"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.9}}, *savers())
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    filters = list(logger.filters)
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(yaml.safe_dump(config()))
-    yield
-    logger.filters[:] = filters
+    with kept_filters():
+        yield
 
 
 @pytest.fixture
